@@ -1,0 +1,1 @@
+"""One Hydra entry point per verb."""

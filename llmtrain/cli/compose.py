@@ -1,0 +1,118 @@
+"""From the command line to dataclasses: the only place that touches Hydra and OmegaConf objects.
+
+A verb's root dataclass is its schema. Hydra composes `conf/<verb>.yaml` against it, `OmegaConf.to_object` turns the
+result into dataclasses at once, and everything below sees only those. A mistake of the user ends in one line and exit
+status 2, not in a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+import omegaconf
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmtrain.errors import ConfigError, LLMTrainError, unknown_name
+from llmtrain.log import setup_logging
+
+Root = TypeVar("Root")
+
+EXIT_USER_ERROR = 2
+"""Exit status for everything a user can mend. 1 is left to bugs, 130 to Ctrl-C."""
+
+
+def conf_folder() -> Path:
+    """`conf/` inside the installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def run_verb(name: str, schema: type[Root], function: Callable[[Root], None]) -> None:
+    """Compose `conf/<name>.yaml` with the command line, check it against `schema`, and call `function` with it.
+
+    The schema goes into Hydra's ConfigStore as `<name>_schema`; the YAML names it first in its defaults list.
+    """
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us: Hydra would print its own text and exit with 1
+
+    @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
+    def compose_and_run(composed: DictConfig) -> None:
+        setup_logging()
+        function(to_dataclass(composed, schema))
+
+    try:
+        compose_and_run()
+    except LLMTrainError as error:
+        _fail(str(error))
+    except HydraException as error:
+        _fail(_explain_hydra(error))
+    except OmegaConfBaseException as error:
+        _fail(_explain_omegaconf(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def to_dataclass(composed: DictConfig, schema: type[Root]) -> Root:
+    """Turn a composed config into an instance of `schema`, naming every value that is still missing."""
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(
+            f"no value for {', '.join(missing)}; give it on the command line, as in {missing[0]}=VALUE"
+        )
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, schema), f"composed a {type(config).__name__}, not a {schema.__name__}"
+    return config
+
+
+def sweep_folder() -> Path | None:
+    """The folder of this job of a `--multirun`, or None outside one."""
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        return Path(HydraConfig.get().runtime.output_dir)
+    return None
+
+
+def task_overrides() -> list[str]:
+    """What the user typed after the verb, as Hydra understood it."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _explain_hydra(error: HydraException) -> str:
+    """Hydra's message, with the nearest known key or option in front where there is one."""
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = (error.missing_cfg_file or "").rpartition("/")
+        return unknown_name(f"option of {group}", option, error.options)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OmegaConfBaseException):
+            return _explain_omegaconf(cause)
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
+
+
+def _explain_omegaconf(error: OmegaConfBaseException) -> str:
+    unknown = isinstance(error, omegaconf.errors.ConfigAttributeError | omegaconf.errors.ConfigKeyError)
+    owner: Any = error.object_type
+    if unknown and error.key is not None and is_dataclass(owner):
+        prefix = str(error.full_key or error.key).removesuffix(str(error.key))
+        known = [f"{prefix}{field.name}" for field in fields(owner)]
+        return unknown_name("setting", f"{prefix}{error.key}", known)
+    first_line = str(error.msg or error).splitlines()[0] if str(error) else type(error).__name__
+    where = f"{error.full_key}: " if error.full_key else ""
+    return f"{where}{first_line}"

@@ -1,0 +1,51 @@
+"""`llmtrain <verb> [overrides]`: find the verb, import only what it needs, hand over to Hydra."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from llmtrain.errors import unknown_name
+
+VERBS = {
+    "data": "raw text to shards of tokens: scan, decide, tokenize, pack",
+    "plan": "a compute budget to a model size, a token count and an experiment YAML",
+    "train": "train, or resume, or with check_only=true find every mistake first",
+    "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
+    "generate": "sample text from a checkpoint",
+    "report": "one self-contained report.html of a run",
+    "bench": "measure ourselves against the limit or a rival",
+}
+
+
+def usage() -> str:
+    lines = ["usage: llmtrain VERB [key=value ...]", ""]
+    lines += [f"  {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
+    lines += ["", "`llmtrain VERB --help` shows every setting of a verb; `--cfg job` shows the composed config."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0 if arguments else 2)
+    if arguments[0] == "--version":
+        try:
+            print(f"llmtrain {version('llmtrain')}")
+        except PackageNotFoundError:
+            print("llmtrain, not installed: run from a source tree")
+        return
+    verb = arguments[0]
+    if verb not in VERBS:
+        print(f"error: {unknown_name('verb', verb, VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"llmtrain.cli.{verb}")
+    sys.argv = [f"llmtrain {verb}", *arguments[1:]]
+    module.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Raw text to shards of tokens, on CPU nodes and without torch."""

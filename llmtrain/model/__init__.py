@@ -1,0 +1,1 @@
+"""The transformer in plain torch. It knows no ranks."""

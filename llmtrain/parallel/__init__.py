@@ -1,0 +1,1 @@
+"""Process grid and groups. It knows no particular model."""

@@ -1,0 +1,1 @@
+"""From a compute budget to what to train, and how. numpy only."""

@@ -1,0 +1,1 @@
+"""Everything between 'ranks exist' and 'run over'."""
