@@ -47,7 +47,9 @@ class ModelConfig:
                 f"each key/value head serves a whole group of query heads"
             )
         if self.width_per_head % 2:
-            raise ConfigError(f"a head's width must be even for RoPE, got {self.width_per_head}; change model.head_width")
+            raise ConfigError(
+                f"a head's width must be even for RoPE, got {self.width_per_head}; change model.head_width"
+            )
 
     @property
     def width_per_head(self) -> int:

@@ -1,0 +1,32 @@
+"""One layer of the decoder: norm, attention, add; norm, feed-forward, add."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from llmtrain.model.attention import Attention, LayerCache
+from llmtrain.model.config import ModelConfig
+from llmtrain.model.mlp import MLP
+from llmtrain.model.norm import RMSNorm
+from llmtrain.model.rope import Rotation
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attention = Attention(cfg)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        turn: Rotation,
+        mask: Tensor | None,
+        is_causal: bool,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn, mask, is_causal, cache)
+        out_BSD: Tensor = x_BSD + self.mlp(self.mlp_norm(x_BSD))
+        return out_BSD

@@ -1,0 +1,58 @@
+"""Initial weights, each from its own random stream: the same on every layout, whichever ranks hold them.
+
+Normal with `init_std`; the projections that write into the residual stream (wo, w_down) get init_std / sqrt(2 L), since
+2 L of them add up there (Radford et al. 2019, section 2.3). Norms start at 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmtrain import rng
+from llmtrain.model.config import ModelConfig
+from llmtrain.model.transformer import Transformer
+
+FLOATS_AT_ONCE = 1 << 24
+
+
+def initial_std(name: str, cfg: ModelConfig) -> float:
+    """Standard deviation of the weight with this canonical name; 0 for a norm, which is constant."""
+    if name.endswith("norm.weight"):
+        return 0.0
+    if name.endswith((".wo.weight", ".w_down.weight")):
+        return cfg.init_std / math.sqrt(2 * cfg.num_layers)
+    return cfg.init_std
+
+
+def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
+    """Fill every parameter of `model` in place. A part of a model gets the same values as it has in the whole, as long
+    as its parameters carry their canonical names.
+    """
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            std = initial_std(name, cfg)
+            if std == 0.0:
+                parameter.fill_(1.0)
+                continue
+            stream = rng.stream(seed, "init", name)
+            flat = parameter.detach().view(-1)
+            for start in range(0, flat.numel(), FLOATS_AT_ONCE):
+                part = flat[start : start + FLOATS_AT_ONCE]
+                values = stream.standard_normal(part.numel(), dtype=np.float32)
+                values *= std
+                part.copy_(torch.from_numpy(values))
+
+
+def build_transformer(
+    cfg: ModelConfig, *, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """A transformer with initial weights, made on `device` without a second copy."""
+    with torch.device("meta"):
+        model = Transformer(cfg).to(dtype)
+    model.to_empty(device=device)
+    init_weights(model, cfg, seed)
+    return model
