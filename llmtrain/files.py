@@ -1,21 +1,34 @@
-"""Files that appear whole or not at all, and their hashes.
+"""Files that appear whole or not at all, their hashes, and folders that only one process may write.
 
-A write goes to a temporary name beside its target, is flushed to the disk, and is then renamed. A process killed at
-any moment leaves either the old file or the new one.
+A write goes to a temporary name beside its target, is flushed to the disk, and is then renamed. A process
+killed at any moment leaves either the old file or the new one.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
+from llmtrain.errors import LaunchError
+
+log = logging.getLogger(__name__)
+
 HASH_BLOCK_BYTES = 1 << 20
+
+LOCK_FILE = ".lock"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -29,7 +42,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file that becomes `path` when the block ends without an error, and vanishes otherwise."""
+    """Open a temporary file that becomes `path` when the block ends without an error, else vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
@@ -80,3 +93,55 @@ def free_bytes(path: Path) -> int:
     while not existing.exists():
         existing = existing.parent
     return shutil.disk_usage(existing).free
+
+
+class FolderLock:
+    """The right to write in a folder, held by one process at a time: `with FolderLock(folder): ...`.
+
+    The lock is the kernel's (`flock` on `.lock` inside the folder), so it ends with its holder, however that
+    dies; the text in the file only says who it was, and a leftover file blocks nobody. Processes forked by
+    the holder share it. On a file system without locks the folder is not guarded, and a warning says so.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK_FILE
+        self._fd: int | None = None
+
+    def acquire(self) -> None:
+        """Take the lock at once, or raise LaunchError that names the holder. Creates a missing folder."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+            os.close(fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                log.warning("%s is not guarded against a second writer: %s", self.path.parent, error)
+                return
+            raise LaunchError(
+                f"{self.path.parent} is being written by {holder or 'another process'}; "
+                "wait for it, stop it, or choose another folder"
+            ) from None
+        os.ftruncate(fd, 0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        command = " ".join(Path(part).name if at == 0 else part for at, part in enumerate(sys.argv[:2]))
+        os.pwrite(
+            fd, f"pid {os.getpid()} on {socket.gethostname()} since {started} ({command})\n".encode(), 0
+        )
+        self._fd = fd
+
+    def release(self) -> None:
+        """Give the lock back. Does nothing when it is not held."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __enter__(self) -> FolderLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
