@@ -1,0 +1,188 @@
+"""What a run is, how long it lasts, and how it updates weights. stdlib only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from llmtrain.errors import ConfigError
+from llmtrain.loader.config import LoaderConfig
+from llmtrain.model.config import ModelConfig
+from llmtrain.parallel.config import ParallelConfig
+from llmtrain.tracking.config import TrackingConfig
+
+
+class Intent(Enum):
+    """What the user means to happen to the run folder. A guess is never made."""
+
+    fresh = "fresh"
+    """Start at step 0; an error over a folder that holds a run."""
+    resume = "resume"
+    """Continue from the newest verified checkpoint; an error without one."""
+    fresh_or_resume = "fresh_or_resume"
+    """Fresh in an empty folder, else resume: for a command that a scheduler or a person repeats until the run is over."""
+    warm_start = "warm_start"
+    """Step 0, fresh optimizer, weights of run.init_from; an error over a folder that holds a run."""
+
+
+class Precision(Enum):
+    """Number format of weights and activations in the forward and backward pass. Master weights are fp32 always."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class ScheduleKind(Enum):
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    name: str
+    folder: str
+    """Everything the run writes lies here: config, metrics, checkpoints, report."""
+    intent: Intent = Intent.fresh
+    seed: int = 0
+    """Root of every random stream: initial weights and the order of rows."""
+    init_from: str | None = None
+    """A run folder or a checkpoint; only for intent=warm_start."""
+    plan: str | None = None
+    """The plan.json that `llmtrain plan` wrote, for the report to hold this run against; null: no plan was made."""
+
+    def __post_init__(self) -> None:
+        if (self.intent is Intent.warm_start) != (self.init_from is not None):
+            raise ConfigError(
+                f"run.intent={self.intent.name} with run.init_from={self.init_from}: "
+                f"warm_start needs init_from, and nothing else takes it"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    total_tokens: int
+    """Input positions to train on, repeats included; rounded up to whole steps."""
+    global_batch_rows: int
+    """Rows of seq_len tokens in one optimizer update, over all ranks."""
+    micro_batch_rows: int
+    """Rows that one rank feeds to one forward pass."""
+    precision: Precision = Precision.fp32
+    grad_clip: float = 1.0
+    """Largest global L2 norm of the gradient; 0 switches clipping off."""
+    eval_every_steps: int = 0
+    """Steps between held-out evaluations; 0: only after the last step."""
+    eval_rows: int | None = None
+    """Held-out rows of an evaluation inside the run; null: all of them."""
+    save_every_steps: int = 1000
+    """Steps between checkpoints; one is also saved after the last step and at a stop signal."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay; the last verified one is never deleted."""
+    process_group_timeout_s: float = 600.0
+    """How long a rank waits for the others in a collective before it gives up."""
+    device_peak_tflops: float | None = None
+    """Peak of one device in this precision, dense; null leaves MFU out. `llmtrain bench peak` measures a CPU's."""
+    device_peak_source: str | None = None
+    """Where device_peak_tflops comes from: printed beside every MFU."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "total_tokens",
+            "global_batch_rows",
+            "micro_batch_rows",
+            "save_every_steps",
+            "keep_checkpoints",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
+        if self.eval_every_steps < 0 or self.grad_clip < 0:
+            raise ConfigError(
+                f"train.eval_every_steps={self.eval_every_steps} and train.grad_clip={self.grad_clip} must not be "
+                f"negative; 0 switches them off"
+            )
+        if self.eval_rows is not None and self.eval_rows < 1:
+            raise ConfigError(f"train.eval_rows={self.eval_rows} must be at least 1, or null for all")
+        if self.global_batch_rows % self.micro_batch_rows:
+            raise ConfigError(
+                f"train.global_batch_rows={self.global_batch_rows} is not a multiple of "
+                f"train.micro_batch_rows={self.micro_batch_rows}; every micro batch must be full"
+            )
+        if self.process_group_timeout_s <= 0:
+            raise ConfigError(f"train.process_group_timeout_s={self.process_group_timeout_s} must be above 0")
+        if (self.device_peak_tflops is None) != (self.device_peak_source is None):
+            raise ConfigError(
+                f"train.device_peak_tflops={self.device_peak_tflops} and "
+                f"train.device_peak_source={self.device_peak_source}: give both, or neither"
+            )
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
+
+    peak_lr: float
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only, never to norms."""
+
+    def __post_init__(self) -> None:
+        if self.peak_lr <= 0 or self.eps <= 0 or self.weight_decay < 0:
+            raise ConfigError(
+                f"need optimizer.peak_lr > 0, optimizer.eps > 0 and optimizer.weight_decay >= 0, got "
+                f"{self.peak_lr}, {self.eps} and {self.weight_decay}"
+            )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """The learning rate as a function of tokens seen, so that a change of batch size cannot stretch it."""
+
+    kind: ScheduleKind = ScheduleKind.cosine
+    """cosine: half a cosine from peak to floor; wsd: constant, then linear to the floor over the last decay_tokens."""
+    warmup_tokens: int = 0
+    """Tokens over which the rate rises linearly from 0 to peak."""
+    decay_tokens: int | None = None
+    """Only for wsd, which needs it (Hägele et al. 2024, arXiv:2405.18392, use 10-20% of the run)."""
+    floor_ratio: float = 0.1
+    """The last rate as a fraction of the peak."""
+
+    def __post_init__(self) -> None:
+        if (self.kind is ScheduleKind.wsd) != (self.decay_tokens is not None):
+            raise ConfigError(
+                f"schedule.decay_tokens={self.decay_tokens} with schedule.kind={self.kind.name}: "
+                f"wsd needs decay_tokens, and cosine has none"
+            )
+        if self.warmup_tokens < 0 or (self.decay_tokens or 0) < 0 or not 0 <= self.floor_ratio <= 1:
+            raise ConfigError(
+                f"need schedule.warmup_tokens >= 0, schedule.decay_tokens >= 0 and 0 <= schedule.floor_ratio <= 1, got "
+                f"{self.warmup_tokens}, {self.decay_tokens} and {self.floor_ratio}"
+            )
+
+
+@dataclass(kw_only=True)
+class TrainRoot:
+    """Everything `llmtrain train` can be told. conf/train.yaml says what of it differs from the defaults."""
+
+    run: RunConfig
+    data: LoaderConfig
+    model: ModelConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    check_only: bool = False
+    """Find every mistake that can be found without ranks, say them all, and start nothing."""
+
+    @property
+    def step_tokens(self) -> int:
+        return self.train.global_batch_rows * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates of an uninterrupted run."""
+        return -(-self.train.total_tokens // self.step_tokens)

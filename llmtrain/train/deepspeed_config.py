@@ -1,0 +1,28 @@
+"""DeepSpeed's configuration, written out in full: no default of its own decides anything that changes numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmtrain.parallel.config import ParallelConfig
+from llmtrain.train.config import Precision, TrainConfig
+
+
+def deepspeed_config(train: TrainConfig, parallel: ParallelConfig, *, dp_size: int) -> dict[str, Any]:
+    """Keys are checked by a test against DeepSpeed's own readers: it accepts unknown top-level keys in silence."""
+    return {
+        "train_batch_size": train.global_batch_rows,
+        "train_micro_batch_size_per_gpu": train.micro_batch_rows,
+        "gradient_accumulation_steps": train.global_batch_rows // (train.micro_batch_rows * dp_size),
+        "gradient_clipping": train.grad_clip,  # DeepSpeed clips at 1.0 when the key is absent
+        "bf16": {"enabled": train.precision is Precision.bf16},
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "overlap_comm": False,  # its races are in DeepSpeed's tracker: #5545, #7188, #8061
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,  # the loop logs; DeepSpeed stays quiet
+        "wall_clock_breakdown": False,
+    }
