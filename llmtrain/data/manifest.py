@@ -1,8 +1,8 @@
 """The manifest: what training may read. A file that it does not name does not exist for a run.
 
-It holds counts, sizes and hashes of every shard and pack, the tokenizer's fingerprint, the funnel (what each pass took in,
-kept and dropped, by reason) and the resolved config. Nothing in it depends on the time, the machine or the number of workers:
-the same text and settings give the same bytes.
+It holds counts, sizes and hashes of every shard and pack, the tokenizer's fingerprint, the funnel (what each
+pass took in, kept and dropped, by reason) and the resolved config. Nothing in it depends on the time,
+the machine or the number of workers: the same text and settings give the same bytes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Manifest:
     """In the order that packs count them, split by split."""
     packs: list[PackEntry]
     funnel: list[dict[str, Any]]
-    """Per pass: `pass`, and documents, bytes and (from tokenize on) tokens: `in`, `kept`, and `dropped` by reason."""
+    """Per pass: its name, and documents, bytes and (where there are any) tokens: in, kept, dropped by
+    reason."""
     config: dict[str, Any]
     """Every setting that decides the bytes. Not among them: folders, workers, sizes of work units."""
     config_hash: str
@@ -114,8 +115,8 @@ class Manifest:
         if not known:
             raise DataError(f"the manifest has no pack of split {split!r}; splits: {self.splits}")
         raise DataError(
-            f"no pack of split {split!r} has seq_len={seq_len}; there are {known}. Choose one of them, or add it with "
-            f"`llmtrain data pack.seq_lens={[*known, seq_len]}`".replace(", ", ",")
+            f"no pack of split {split!r} has seq_len={seq_len}; there are {known}. Choose one of them, "
+            f"or add it with `llmtrain data pack.seq_lens={[*known, seq_len]}`".replace(", ", ",")
         )
 
     def split_shards(self, split: str) -> list[ShardEntry]:
@@ -138,7 +139,8 @@ def read_manifest(folder: Path) -> Manifest:
         version = value["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(
-                f"{path} has format_version={version}, this llmtrain reads {FORMAT_VERSION}; run `llmtrain data` again"
+                f"{path} has format_version={version}, this llmtrain reads {FORMAT_VERSION}; "
+                "run `llmtrain data` again"
             )
         return _manifest_from_json(value)
     except DataError:
@@ -153,7 +155,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def verify(folder: Path, manifest: Manifest, *, content: bool) -> None:
-    """Check that every file of the manifest is there with the right size, and with `content` also with the right bytes.
+    """Check that every file of the manifest is there in its size; with `content`, that its bytes are
+    right, too.
 
     Reading everything goes at the speed of the disk or about 2 GB/s.
 

@@ -1,9 +1,10 @@
 """Packs: which spans of which documents make which row of `seq_len` input tokens.
 
-The documents of a split, in shard order, are laid back to back, and row r takes input positions [r*S, (r+1)*S) of that stream
-(concat-chunk). Targets are the next tokens inside the same document, so a document's last token (EOS) has none. A document
-that goes on in the next row loses nothing: the last position of this row still has its target, which is the first input of
-the next. The tail of the stream is a short last row if it holds a target. A pack is a plan over the shards, not a copy of them.
+The documents of a split, in shard order, are laid back to back, and row r takes input positions [r*S,
+(r+1)*S) of that stream (concat-chunk). Targets are the next tokens inside the same document, so a
+document's last token (EOS) has none. A document that goes on in the next row loses nothing: the last
+position of this row still has its target, which is the first input of the next. The tail of the stream
+is a short last row if it holds a target. A pack is a plan over the shards, not a copy of them.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from llmtrain.errors import DataError
 from llmtrain.files import atomic_write, hash_file
 
 SPAN = np.dtype([("shard", "<u4"), ("start", "<u8"), ("length", "<u4"), ("has_next", "u1")])
-"""`length` input tokens of one document from token `start` of shard number `shard` of the split; `has_next`: the document goes
-on after them, so their last position has a target, too."""
+"""`length` input tokens of one document from token `start` of shard number `shard` of the split;
+`has_next`: the document goes on after them, so their last position has a target, too."""
 
 Spans = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]

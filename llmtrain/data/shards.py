@@ -1,8 +1,9 @@
 """Shards of tokens in Megatron's `.bin`/`.idx` byte layout, one document per sequence.
 
-Layout as read by Megatron-LM at d98e8a64 (`megatron/core/datasets/indexed_dataset.py`) and GPT-NeoX at ea7aefd8; the bytes are
-in docs/data_format.md. The `.bin` file has no header: token ids, little endian, documents back to back, EOS the last token of
-each. uint16 only up to a vocabulary of 65,499, the one choice on which both code paths of Megatron agree.
+Layout as read by Megatron-LM at d98e8a64 (`megatron/core/datasets/indexed_dataset.py`) and GPT-NeoX at
+ea7aefd8; the bytes are in docs/data_format.md. The `.bin` file has no header: token ids, little endian,
+documents back to back, EOS the last token of each. uint16 only up to a vocabulary of 65,499, the one
+choice on which both code paths of Megatron agree.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ class ShardWriter:
             return
         if int(doc_lengths.min()) < 1 or int(doc_lengths.max()) > MAX_DOCUMENT_TOKENS:
             raise DataError(
-                f"a document of {self.prefix} has {int(doc_lengths.min())} to {int(doc_lengths.max())} tokens; "
-                f"a shard holds 1 to {MAX_DOCUMENT_TOKENS:,}"
+                f"documents of {self.prefix} have {int(doc_lengths.min())} to {int(doc_lengths.max())} "
+                f"tokens; a shard holds 1 to {MAX_DOCUMENT_TOKENS:,}"
             )
         assert int(doc_lengths.sum()) == len(token_ids), "lengths of documents do not add up to the tokens"
         low, high = int(token_ids.min()), int(token_ids.max())
@@ -194,7 +195,8 @@ class ShardReader:
         expected = IDX_HEADER_BYTES + 20 * self.num_documents + 8
         if idx_path.stat().st_size != expected:
             raise DataError(
-                f"{idx_path} has {idx_path.stat().st_size} bytes, {self.num_documents} documents need {expected}"
+                f"{idx_path} has {idx_path.stat().st_size} bytes, "
+                f"{self.num_documents} documents need {expected}"
             )
         index = np.memmap(idx_path, dtype="u1", mode="r")
         lengths_end = IDX_HEADER_BYTES + 4 * self.num_documents
@@ -205,7 +207,8 @@ class ShardReader:
         self.num_tokens = int(self.doc_lengths.sum(dtype=np.int64))
         if bin_path.stat().st_size != self.num_tokens * item_bytes:
             raise DataError(
-                f"{bin_path} has {bin_path.stat().st_size:,} bytes, its index says {self.num_tokens * item_bytes:,}"
+                f"{bin_path} has {bin_path.stat().st_size:,} bytes, "
+                f"its index says {self.num_tokens * item_bytes:,}"
             )
         self._tokens = np.memmap(bin_path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
         self._lineage: dict[str, list[Any]] | None = None
