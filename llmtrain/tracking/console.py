@@ -19,6 +19,7 @@ from typing import IO, cast
 from rich.console import Console as Terminal
 from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from llmtrain.units import format_count, format_duration
@@ -26,6 +27,9 @@ from llmtrain.units import format_count, format_duration
 RATE_WINDOW_STEPS = 50
 """Steps over which the time left is estimated: long enough to be calm, short enough to follow a change."""
 REDRAW_S = 0.1
+BAR_COLUMNS = 12
+BAR_AND_COUNT_COLUMNS = BAR_COLUMNS + 28
+"""Width of the live line left of the facts, for steps of up to six digits."""
 
 
 class Console:
@@ -105,13 +109,21 @@ class Console:
         is_last = step >= self._total_steps
         if self._progress is not None:
             if is_last or now - self._drawn_at >= REDRAW_S:
-                facts = " · ".join(self._facts(record, step))
+                facts = self._fitting(self._facts(record, step), self._progress.console.width)
                 self._progress.update(self._progress.task_ids[0], completed=step, facts=facts)
                 self._progress.refresh()
                 self._drawn_at = now
         elif is_last or step % self._log_every_steps == 0 or step == self._start_step + 1:
             share = f"{step / self._total_steps:.0%}" if self._total_steps else "–"
             self._line(" | ".join([f"step {step}/{self._total_steps} {share}", *self._facts(record, step)]))
+
+    @staticmethod
+    def _fitting(facts: list[str], width: int) -> str:
+        """The facts that fit beside the bar, left out in the order of how little they are missed."""
+        for expendable in ("/step", "lr ", "MFU ", "held-out "):
+            if len(" · ".join(facts)) + BAR_AND_COUNT_COLUMNS > width:
+                facts = [fact for fact in facts if expendable not in fact]
+        return " · ".join(facts)
 
     def _facts(self, record: Mapping[str, object], step: int) -> list[str]:
         facts = []
@@ -158,8 +170,8 @@ class Console:
         assert self._stream is not None, "a new console has a stream"
         terminal = Terminal(file=self._stream, force_terminal=True)
         self._progress = Progress(
-            TextColumn("step {task.completed}/{task.total}"),
-            BarColumn(bar_width=24),
+            TextColumn("step {task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=BAR_COLUMNS),
             TextColumn("{task.percentage:>3.0f}%"),
             TextColumn("{task.fields[facts]}"),
             console=terminal,

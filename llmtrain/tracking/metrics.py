@@ -1,8 +1,8 @@
 """metrics.jsonl, the truth about a run: one JSON object a line, appended and never rewritten.
 
-Every line has `kind`, `step`, `attempt` and `time` (Unix seconds). An attempt is one start of the run: 1, then
-one more for each resume. A resume goes back to a checkpoint, so steps that the attempt before it did past that
-checkpoint are undone; their lines stay in the file, and `read_metrics` leaves them out.
+Every line has `kind`, `step`, `attempt` and `time` (Unix seconds). An attempt is one start of the run: 1,
+then one more for each resume. A resume goes back to a checkpoint, so steps that the attempt before it did
+past it are undone; their lines stay in the file, and `read_metrics` leaves them out.
 """
 
 from __future__ import annotations
