@@ -1,0 +1,243 @@
+"""Exact SentencePiece BPE at the speed of a table lookup.
+
+A merge of BPE always gives a piece of the vocabulary. So where no piece holds bytes a and b side by side, no
+merge ever crosses an a|b in the text, and the text may be cut there: encoding the parts one by one gives
+the ids of the whole. The parts are few ("words", mostly with the space in front), so each distinct one
+is encoded by SentencePiece once and looked up afterwards. Nothing is assumed about the model's options:
+the table of side-by-side bytes is read off its pieces. The caller still compares documents with
+SentencePiece as it goes (`differing`).
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from llmtrain.data.tokenizer.tokenizer import SPACE_MARK, Ids, Tokenizer
+
+MAX_STORE_BYTES = 64 << 20
+"""Bytes of distinct words kept; past it the store starts anew. Decides memory, never ids."""
+START_CAPACITY = 1 << 16
+
+Bytes = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+
+class WordEncoder:
+    """Encode documents through a store of distinct words."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.joined = joined_bytes(tokenizer)
+        self._reset()
+
+    def encode(self, text: Bytes, doc_offsets: Ints) -> tuple[Ids, Ints]:
+        """Encode documents `text[doc_offsets[d]:doc_offsets[d + 1]]` and append EOS to each.
+
+        Returns:
+            token ids of all documents back to back, and the number of tokens of each.
+        """
+        num_documents = len(doc_offsets) - 1
+        if self._num_arena_bytes > MAX_STORE_BYTES:
+            self._reset()
+        self._reserve_arena(len(text))
+        words = np.empty(len(text), dtype=np.int32)
+        word_ends = np.empty(num_documents, dtype=np.int64)
+        first_new = self._num_words
+        at, document, num_words_out = int(doc_offsets[0]), 0, 0
+        while True:
+            at, document, num_words_out, self._num_words, self._num_arena_bytes = _cut_and_look_up(
+                text, doc_offsets, self.joined, self._slots, self._word_hash, self._word_start, self._arena,
+                words, word_ends, at, document, num_words_out, self._num_words, self._num_arena_bytes,
+            )  # fmt: skip
+            if document == num_documents:
+                break
+            self._grow_table()
+        self._encode_new_words(first_new)
+        lengths = _token_counts(words, word_ends, self._ids_start)
+        ids = _gather(words, word_ends, lengths, self._ids_start, self._ids, self.tokenizer.eos_id)
+        return ids, lengths
+
+    def differing(self, text: Bytes, doc_offsets: Ints, ids: Ids, lengths: Ints, documents: Ints) -> int:
+        """How many of these documents SentencePiece itself encodes differently. The answer must be 0."""
+        ends = np.cumsum(lengths)
+        texts = [bytes(text[doc_offsets[d] : doc_offsets[d + 1]]).decode() for d in documents]
+        expected = self.tokenizer.encode_batch(texts)
+        found = [ids[ends[d] - lengths[d] : ends[d] - 1] for d in documents]
+        return sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+    def _reset(self) -> None:
+        self._slots = np.zeros(2 * START_CAPACITY, dtype=np.int32)  # number of a word + 1; 0 is empty
+        self._word_hash = np.zeros(START_CAPACITY, dtype=np.uint64)
+        self._word_start = np.zeros(START_CAPACITY + 1, dtype=np.int64)
+        self._arena = np.zeros(1 << 20, dtype=np.uint8)
+        self._num_words = 0
+        self._num_arena_bytes = 0
+        self._ids = np.zeros(1 << 20, dtype=np.int32)
+        self._ids_start = np.zeros(START_CAPACITY + 1, dtype=np.int64)
+        self._num_ids = 0
+
+    def _reserve_arena(self, num_bytes: int) -> None:
+        needed = self._num_arena_bytes + num_bytes
+        if needed > len(self._arena):
+            self._arena = _grown(self._arena, max(needed, 2 * len(self._arena)))
+
+    def _grow_table(self) -> None:
+        capacity = 2 * len(self._word_hash)
+        self._word_hash = _grown(self._word_hash, capacity)
+        self._word_start = _grown(self._word_start, capacity + 1)
+        self._ids_start = _grown(self._ids_start, capacity + 1)
+        self._slots = np.zeros(2 * capacity, dtype=np.int32)
+        _fill_slots(self._slots, self._word_hash, self._num_words)
+
+    def _encode_new_words(self, first_new: int) -> None:
+        if first_new == self._num_words:
+            return
+        start = int(self._word_start[first_new])
+        raw = self._arena[start : int(self._word_start[self._num_words])].tobytes()
+        cuts = (self._word_start[first_new : self._num_words + 1] - start).tolist()
+        words = [raw[a:b].decode() for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        if SPACE_MARK in words:
+            encoded: list[Any] = self.tokenizer.encode_batch(words)
+        else:
+            encoded = self.tokenizer.processor.encode(words, num_threads=1)
+        counts = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        new_ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(counts.sum()))
+        if self._num_ids + len(new_ids) > len(self._ids):
+            self._ids = _grown(self._ids, 2 * (self._num_ids + len(new_ids)))
+        self._ids[self._num_ids : self._num_ids + len(new_ids)] = new_ids
+        self._ids_start[first_new + 1 : self._num_words + 1] = self._num_ids + np.cumsum(counts)
+        self._num_ids += len(new_ids)
+
+
+def joined_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+    """Table [256, 256]: whether some piece holds byte b right after byte a, or b continues a character."""
+    joined = np.zeros((256, 256), dtype=np.bool_)
+    joined[:, 0x80:0xC0] = True  # never cut inside a UTF-8 character
+    processor = tokenizer.processor
+    for id_ in range(tokenizer.vocab_size):
+        if not (processor.is_byte(id_) or processor.is_control(id_) or processor.is_unknown(id_)):
+            piece = np.frombuffer(
+                processor.id_to_piece(id_).replace(SPACE_MARK, " ").encode(), dtype=np.uint8
+            )
+            joined[piece[:-1], piece[1:]] = True
+    return joined
+
+
+def _grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
+    larger = np.zeros(capacity, dtype=array.dtype)
+    larger[: len(array)] = array
+    return larger
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_space_mark(text, at, end):  # type: ignore[no-untyped-def]
+    return at + 2 < end and text[at] == 0xE2 and text[at + 1] == 0x96 and text[at + 2] == 0x81
+
+
+@numba.njit(cache=True, nogil=True)
+def _cut_and_look_up(  # type: ignore[no-untyped-def]
+    text, doc_offsets, joined, slots, word_hash, word_start, arena,
+    words, word_ends, at, document, num_out, num_words, num_arena_bytes,
+):  # fmt: skip
+    """Cut into words from byte `at` of `document` on and write each one's number; new words go into the
+    store.
+
+    Stops early when the store is full; the returned state says where to go on.
+    """
+    mask = len(slots) - 1
+    while document < len(word_ends):
+        end = doc_offsets[document + 1]
+        while at < end:
+            if num_words + 1 >= len(word_hash):
+                return at, document, num_out, num_words, num_arena_bytes
+            hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a, 64 bits
+            stop = at
+            if _is_space_mark(text, at, end):
+                stop = at + 3
+                hashed = np.uint64(0x9E3779B97F4A7C15)
+            else:
+                while True:
+                    hashed = (hashed ^ np.uint64(text[stop])) * np.uint64(0x100000001B3)
+                    stop += 1
+                    if stop == end or not joined[text[stop - 1], text[stop]]:
+                        break
+                    if text[stop] == 0xE2 and _is_space_mark(text, stop, end):
+                        break
+            hashed ^= hashed >> np.uint64(29)
+            slot = np.int64(hashed & np.uint64(mask))
+            word = -1
+            while slots[slot] != 0:
+                candidate = slots[slot] - 1
+                if word_hash[candidate] == hashed:
+                    start = word_start[candidate]
+                    if word_start[candidate + 1] - start == stop - at:
+                        same = True
+                        for offset in range(stop - at):
+                            if arena[start + offset] != text[at + offset]:
+                                same = False
+                                break
+                        if same:
+                            word = candidate
+                            break
+                slot = (slot + 1) & mask
+            if word < 0:
+                word = num_words
+                slots[slot] = word + 1
+                word_hash[word] = hashed
+                for offset in range(stop - at):
+                    arena[num_arena_bytes + offset] = text[at + offset]
+                num_arena_bytes += stop - at
+                num_words += 1
+                word_start[num_words] = num_arena_bytes
+            words[num_out] = word
+            num_out += 1
+            at = stop
+        word_ends[document] = num_out
+        document += 1
+    return at, document, num_out, num_words, num_arena_bytes
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill_slots(slots, word_hash, num_words):  # type: ignore[no-untyped-def]
+    mask = len(slots) - 1
+    for word in range(num_words):
+        slot = np.int64(word_hash[word] & np.uint64(mask))
+        while slots[slot] != 0:
+            slot = (slot + 1) & mask
+        slots[slot] = word + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _token_counts(words, word_ends, ids_start):  # type: ignore[no-untyped-def]
+    counts = np.empty(len(word_ends), dtype=np.int64)
+    at = 0
+    for document in range(len(word_ends)):
+        total = 1  # EOS
+        while at < word_ends[document]:
+            word = words[at]
+            total += ids_start[word + 1] - ids_start[word]
+            at += 1
+        counts[document] = total
+    return counts
+
+
+@numba.njit(cache=True, nogil=True)
+def _gather(words, word_ends, counts, ids_start, ids, eos_id):  # type: ignore[no-untyped-def]
+    out = np.empty(counts.sum(), dtype=np.int32)
+    at = 0
+    filled = 0
+    for document in range(len(word_ends)):
+        while at < word_ends[document]:
+            word = words[at]
+            for position in range(ids_start[word], ids_start[word + 1]):
+                out[filled] = ids[position]
+                filled += 1
+            at += 1
+        out[filled] = eos_id
+        filled += 1
+    return out
