@@ -83,8 +83,8 @@ class CorpusConfig:
             )
         if self.format is Format.datasets and self.dataset is None:
             raise ConfigError(
-                "corpus=datasets needs corpus.dataset: a name on the Hub, a folder, or
-                json|csv|text|parquet with " "corpus.dataset_files"
+                "corpus=datasets needs corpus.dataset: a name on the Hub, a folder, or "
+                "json|csv|text|parquet with corpus.dataset_files"
             )
         if self.max_text_bytes is not None and self.format is not Format.python_docs:
             raise ConfigError(f"corpus.max_text_bytes has no effect with corpus.format={self.format.name}")

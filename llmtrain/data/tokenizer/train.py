@@ -68,8 +68,8 @@ def _explain(message: str, cfg: TokenizerConfig) -> str:
     largest = re.search(r"value <= (\d+)", message)
     if largest:
         return (
-            f"tokenizer.vocab_size={cfg.vocab_size} is larger than the text allows: at most {largest.group(1)}; "
-            "lower it, or give more text"
+            f"tokenizer.vocab_size={cfg.vocab_size} is larger than the text allows, "
+            f"at most {largest.group(1)}; lower it, or give more text"
         )
     smallest = re.search(r"required_chars\. \d+ vs (\d+)", message)
     if smallest:

@@ -10,7 +10,7 @@ SentencePiece as it goes (`differing`).
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numba
@@ -100,7 +100,7 @@ class WordEncoder:
         start = int(self._word_start[first_new])
         raw = self._arena[start : int(self._word_start[self._num_words])].tobytes()
         cuts = (self._word_start[first_new : self._num_words + 1] - start).tolist()
-        words = [raw[a:b].decode() for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        words = [raw[a:b].decode() for a, b in pairwise(cuts)]
         if SPACE_MARK in words:
             encoded: list[Any] = self.tokenizer.encode_batch(words)
         else:
