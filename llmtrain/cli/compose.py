@@ -1,8 +1,8 @@
 """From the command line to dataclasses: the only place that touches Hydra and OmegaConf objects.
 
-A verb's root dataclass is its schema. Hydra composes `conf/<verb>.yaml` against it, `OmegaConf.to_object` turns the
-result into dataclasses at once, and everything below sees only those. A mistake of the user ends in one line and exit
-status 2, not in a traceback.
+A verb's root dataclass is its schema. Hydra composes `conf/<verb>.yaml` against it, `OmegaConf.to_object`
+turns the result into dataclasses at once, and everything below sees only those. A mistake of the user ends
+in one line and exit status 2, not in a traceback.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def run_verb(name: str, schema: type[Root], function: Callable[[Root], None]) ->
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     def compose_and_run(composed: DictConfig) -> None:
         setup_logging()
-        function(to_dataclass(composed, schema))
+        try:
+            function(to_dataclass(composed, schema))
+        except LLMTrainError as error:  # here, where Hydra has not added its own text yet
+            _fail(str(error))
 
     try:
         compose_and_run()
-    except LLMTrainError as error:
-        _fail(str(error))
     except HydraException as error:
         _fail(_explain_hydra(error))
     except OmegaConfBaseException as error:

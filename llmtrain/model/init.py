@@ -10,13 +10,12 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from llmtrain import rng
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.transformer import Transformer
-
-FLOATS_AT_ONCE = 1 << 24
 
 
 def initial_std(name: str, cfg: ModelConfig) -> float:
@@ -28,23 +27,24 @@ def initial_std(name: str, cfg: ModelConfig) -> float:
     return cfg.init_std
 
 
+def initial_weight(name: str, numel: int, cfg: ModelConfig, seed: int) -> NDArray[np.float32]:
+    """The flattened initial weight with this canonical name. Equal in every layout."""
+    std = initial_std(name, cfg)
+    if std == 0.0:
+        return np.ones(numel, dtype=np.float32)
+    values = rng.stream(seed, "init", name).standard_normal(numel, dtype=np.float32)
+    values *= std
+    return values
+
+
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
     """Fill every parameter of `model` in place. A part of a model gets the same values as it has in the whole, as long
     as its parameters carry their canonical names.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            std = initial_std(name, cfg)
-            if std == 0.0:
-                parameter.fill_(1.0)
-                continue
-            stream = rng.stream(seed, "init", name)
-            flat = parameter.detach().view(-1)
-            for start in range(0, flat.numel(), FLOATS_AT_ONCE):
-                part = flat[start : start + FLOATS_AT_ONCE]
-                values = stream.standard_normal(part.numel(), dtype=np.float32)
-                values *= std
-                part.copy_(torch.from_numpy(values))
+            values = initial_weight(name, parameter.numel(), cfg, seed)
+            parameter.copy_(torch.from_numpy(values).view(parameter.shape))
 
 
 def build_transformer(

@@ -77,7 +77,7 @@ def train(
     """
     seq_len, rows_per_step = cfg.data.seq_len, cfg.train.global_batch_rows
     device_flops = (cfg.train.device_peak_tflops or math.nan) * 1e12 * engine.dp_size
-    token_flops = flops_per_token(cfg.model, seq_len, MFU_CONVENTION)
+    token_flops = flops_per_token(cfg.model, seq_len, convention=MFU_CONVENTION)
     first_step = progress.step + 1
     stopping = False
     while progress.position * seq_len < cfg.train.total_tokens and not stopping:

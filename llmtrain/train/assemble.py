@@ -1,0 +1,238 @@
+"""The one file that knows every room. It reads as a recipe: ranks, checks, rows, layers, engine, weights, loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from llmtrain import files
+from llmtrain.data.manifest import Manifest, read_manifest, verify
+from llmtrain.errors import LLMTrainError
+from llmtrain.files import FolderLock
+from llmtrain.loader.batches import Batches
+from llmtrain.loader.dataset import Rows
+from llmtrain.model.init import initial_weight
+from llmtrain.model.transformer import Transformer
+from llmtrain.tracking.facts import record_start
+from llmtrain.tracking.metrics import next_attempt
+from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
+from llmtrain.train.check import check_train
+from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint, save_checkpoint
+from llmtrain.train.config import Intent, TrainRoot
+from llmtrain.train.engine import Engine, FlatSource, build_context, init_ranks
+from llmtrain.train.loop import Progress, StopSignal, train
+from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from
+from llmtrain.train.start_up import StartUp
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What rank 0 decided, and every rank follows."""
+
+    attempt: int
+    checkpoint: str | None
+    manifest_hash: str
+
+
+def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command: Sequence[str]) -> None:
+    """Train from whatever run.intent says to the end.
+
+    Args:
+        config_text: The resolved config as YAML, saved with the run.
+        command: What the user typed, saved with the run.
+    """
+    device = init_ranks(timeout_s=cfg.train.process_group_timeout_s)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    start_up.mark("ranks")
+    stop = StopSignal()
+    folder = RunFolder(Path(cfg.run.folder))
+    with ExitStack() as stack:
+        stack.callback(_leave_ranks)
+        start = _agree(lambda: _decide(cfg, folder, stack, world_size=world_size), rank)
+        manifest = read_manifest(Path(cfg.data.folder))
+        rows = Rows(Path(cfg.data.folder), manifest, "train", cfg.data.seq_len)
+        held_out = Rows(Path(cfg.data.folder), manifest, "held_out", cfg.data.seq_len)
+        start_up.mark("checks")
+
+        with build_context(cfg.train, cfg.parallel, dp_size=world_size):
+            model = Transformer(cfg.model)
+        engine = Engine(model, device=device, train=cfg.train, parallel=cfg.parallel, optimizer=cfg.optimizer)
+        progress = _load(cfg, engine, start)
+        batches = Batches(
+            rows,
+            seed=cfg.run.seed,
+            global_batch_rows=cfg.train.global_batch_rows,
+            micro_batch_rows=cfg.train.micro_batch_rows,
+            dp_rank=rank,
+            dp_size=world_size,
+        )
+        start_up.mark("model")
+
+        recorder: Recorder = SilentRecorder()
+        if rank == 0:
+            with files.atomic_write(folder.config, "w") as handle:
+                handle.write(config_text)
+            record_start(
+                folder.path,
+                attempt=start.attempt,
+                command_line=command,
+                extra={"world_size": world_size, "device": _device_name(device), "from": start.checkpoint},
+            )
+            recorder = stack.enter_context(
+                RunRecorder(
+                    cfg.tracking,
+                    metrics=folder.metrics,
+                    attempt=start.attempt,
+                    start_step=progress.step,
+                    total_steps=progress.step + _steps_left(cfg, progress),
+                    run_name=cfg.run.name,
+                    run_config=files.plain(cfg),
+                )
+            )
+        what = "start" if progress.step == 0 else "resume"
+        recorder.event(
+            what, progress.step, position=progress.position, source=start.checkpoint, world_size=world_size
+        )
+
+        def save(*, step: int, position: int) -> None:
+            save_checkpoint(
+                folder.checkpoints,
+                step=step,
+                pieces=engine.pieces(),
+                state=_state(cfg, engine, manifest, start, position=position),
+                rank=rank,
+                world_size=world_size,
+                barrier=dist.barrier,
+                gather=_gather,
+                keep=cfg.train.keep_checkpoints,
+            )
+
+        train(cfg, engine, batches, held_out, progress, recorder, save, stop, start_up)
+
+
+def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int) -> Start:
+    """Rank 0's part: take the folder, check everything, and choose the checkpoint by its hashes."""
+    stack.enter_context(FolderLock(folder.path))
+    found = check_train(cfg, world_size=world_size)
+    found.raise_if_any()
+    for fact in found.facts:
+        log.info("%s", fact)
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    manifest = read_manifest(Path(cfg.data.folder))
+    verify(Path(cfg.data.folder), manifest, content=cfg.data.verify_shards)
+    path = checkpoint_to_start_from(cfg.run)
+    if path is not None and cfg.run.intent is Intent.warm_start:
+        CheckpointReader(path).verify()
+    elif path is not None:
+        path = newest_checkpoint(
+            folder.checkpoints
+        )  # whose hashes hold; damaged ones are reported on the way
+    return Start(
+        attempt=next_attempt(folder.metrics),
+        checkpoint=None if path is None else str(path),
+        manifest_hash=manifest.hash(),
+    )
+
+
+def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
+    """Fill the engine with fresh weights or a checkpoint's, and say where the run stands."""
+    if start.checkpoint is None:
+        engine.load(_fresh_weights(cfg, engine))
+        return Progress(step=0, position=0)
+    reader = CheckpointReader(Path(start.checkpoint))
+    is_resume = cfg.run.intent is not Intent.warm_start
+    kinds = ("weight", "exp_avg", "exp_avg_sq") if is_resume else ("weight",)
+    reader.require(engine.shapes, kinds=kinds)
+    if not is_resume:
+        engine.load(reader.read_flat)
+        return Progress(step=0, position=0)
+    engine.load(reader.read_flat, num_optimizer_steps=reader.state["num_optimizer_steps"])
+    log.info(
+        "resumed from %s: step %d, %d rows consumed", start.checkpoint, reader.step, reader.state["position"]
+    )
+    return Progress(step=reader.step, position=reader.state["position"])
+
+
+def _fresh_weights(cfg: TrainRoot, engine: Engine) -> FlatSource:
+    """Initial weights by name, one tensor at a time; every rank draws the same numbers and keeps its part."""
+    last: dict[str, NDArray[np.float32]] = {}
+
+    def source(kind: str, name: str, start: int, length: int) -> NDArray[np.float32]:
+        assert kind == "weight", f"fresh {kind} is zero, nobody asks for it"
+        if name not in last:
+            last.clear()
+            last[name] = initial_weight(name, math.prod(engine.shapes[name]), cfg.model, cfg.run.seed)
+        return last[name][start : start + length]
+
+    return source
+
+
+def _state(
+    cfg: TrainRoot, engine: Engine, manifest: Manifest, start: Start, *, position: int
+) -> dict[str, Any]:
+    """What a resume needs beside tensors, and what tells a reader how these weights came to be."""
+    return {
+        "position": position,
+        "tokens": position * cfg.data.seq_len,
+        "num_optimizer_steps": engine.num_optimizer_steps,
+        "attempt": start.attempt,
+        "config": files.plain(cfg),
+        "model": files.plain(cfg.model),
+        "data_folder": cfg.data.folder,
+        "manifest_hash": start.manifest_hash,
+        "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
+        "world_size": engine.dp_size,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+
+
+def _steps_left(cfg: TrainRoot, progress: Progress) -> int:
+    rows_left = -(-cfg.train.total_tokens // cfg.data.seq_len) - progress.position
+    return max(0, -(-rows_left // cfg.train.global_batch_rows))
+
+
+def _agree(decide: Any, rank: int) -> Start:
+    """Run `decide` on rank 0 and give its result, or its error, to every rank."""
+    outcome: list[Any] = [None]
+    if rank == 0:
+        try:
+            outcome = [decide()]
+        except LLMTrainError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], LLMTrainError):
+        if rank != 0:
+            sys.exit(2)  # rank 0 says why
+        raise outcome[0]
+    assert isinstance(outcome[0], Start)
+    return outcome[0]
+
+
+def _gather(value: object) -> list[object]:
+    gathered: list[object] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def _leave_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

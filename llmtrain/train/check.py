@@ -1,0 +1,261 @@
+"""Every mistake that can be found before ranks start: on a login node, in seconds, without torch.
+
+Each check adds a message; none stops the others, so that one look tells all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmtrain import files
+from llmtrain.data.manifest import Manifest, read_manifest, verify
+from llmtrain.errors import ConfigError, LLMTrainError
+from llmtrain.model.size import num_params
+from llmtrain.train.checkpoint import CheckpointReader
+from llmtrain.train.config import Intent, Precision, TrainRoot
+from llmtrain.train.run_folder import checkpoint_to_start_from
+from llmtrain.units import format_bytes, format_count
+
+CHECKPOINT_BYTES_PER_PARAM = 12
+"""fp32 weight and AdamW's two moments."""
+
+VERIFY_CONTENT_BELOW_BYTES = 2 << 30
+"""A check on a login node hashes shards up to this sum, about two seconds' worth; above it compares sizes only."""
+
+FIXED_BY_CHECKPOINT = ("model", "run.seed", "data.seq_len")
+"""Settings that a resume may not change: the weights' shapes, and the order of the rows."""
+
+FREE_AT_RESUME = (
+    "check_only",
+    "run.intent",
+    "run.folder",
+    "run.name",
+    "run.plan",
+    "data.folder",
+    "data.verify_shards",
+    "tracking",
+    "parallel",
+    "train.micro_batch_rows",
+    "train.keep_checkpoints",
+    "train.save_every_steps",
+    "train.eval_every_steps",
+    "train.eval_rows",
+    "train.process_group_timeout_s",
+    "train.device_peak_tflops",
+    "train.device_peak_source",
+)
+"""Settings that do not enter the losses of the steps to come. Any other change is allowed, and reported."""
+
+
+@dataclass
+class Findings:
+    problems: list[str] = field(default_factory=list)
+    """Each one stops the run."""
+    warnings: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    """What the run will be, with the sums behind it."""
+
+    def raise_if_any(self) -> None:
+        if self.problems:
+            raise ConfigError("\n       ".join(self.problems))
+
+
+def check_train(cfg: TrainRoot, *, world_size: int | None) -> Findings:
+    """Check `cfg` against itself, the data folder, the run folder and the disk.
+
+    Args:
+        world_size: ranks that are there; None on a login node, where parallel.world_size speaks for them.
+    """
+    found = Findings()
+    _check_ranks(cfg, world_size, found)
+    _check_schedule(cfg, found)
+    manifest = _check_data(cfg, found)
+    _check_start(cfg, manifest, found)
+    _check_disk(cfg, found)
+    return found
+
+
+def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> None:
+    expected = cfg.parallel.world_size
+    if world_size is not None and expected is not None and world_size != expected:
+        found.problems.append(
+            f"parallel.world_size={expected}, but {world_size} ranks were launched; launch {expected}, "
+            f"or set parallel.world_size=null to take what comes"
+        )
+    ranks = world_size or expected
+    rows, micro = cfg.train.global_batch_rows, cfg.train.micro_batch_rows
+    if ranks is None:
+        found.facts.append("ranks: not known here; give parallel.world_size to check the batch against them")
+    elif rows % (micro * ranks):
+        found.problems.append(
+            f"train.global_batch_rows={rows} is not a multiple of train.micro_batch_rows * ranks = {micro} * {ranks} "
+            f"= {micro * ranks}; change one of them"
+        )
+    else:
+        accumulation = rows // (micro * ranks)
+        found.facts.append(
+            f"global batch {cfg.step_tokens:,} tokens = {micro} rows x {cfg.data.seq_len} x {accumulation} "
+            f"accumulation x {ranks} dp; {cfg.total_steps:,} steps = {cfg.total_steps * cfg.step_tokens:,} tokens"
+        )
+    if cfg.train.precision is Precision.bf16 and cfg.parallel.zero_stage == 0:
+        found.problems.append(
+            "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 gives wrong "
+            "gradient norms; set parallel.zero_stage=1"
+        )
+
+
+def _check_schedule(cfg: TrainRoot, found: Findings) -> None:
+    planned = cfg.schedule.warmup_tokens + (cfg.schedule.decay_tokens or 0)
+    if planned > cfg.train.total_tokens:
+        found.problems.append(
+            f"schedule.warmup_tokens + schedule.decay_tokens = {planned:,} is more than "
+            f"train.total_tokens={cfg.train.total_tokens:,}; shorten them"
+        )
+    if cfg.train.save_every_steps > cfg.total_steps:
+        found.warnings.append(
+            f"train.save_every_steps={cfg.train.save_every_steps} is more than the run's {cfg.total_steps} steps: "
+            f"the only checkpoint is the last one"
+        )
+
+
+def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
+    folder = Path(cfg.data.folder)
+    try:
+        manifest = read_manifest(folder)
+        shard_bytes = sum(shard.num_bytes for shard in manifest.shards)
+        verify(folder, manifest, content=cfg.check_only and shard_bytes <= VERIFY_CONTENT_BELOW_BYTES)
+        pack = manifest.pack("train", cfg.data.seq_len)
+        held_out = manifest.pack("held_out", cfg.data.seq_len)
+    except LLMTrainError as error:
+        found.problems.append(str(error))
+        return None
+    if cfg.check_only and shard_bytes > VERIFY_CONTENT_BELOW_BYTES:
+        found.facts.append(
+            f"shards: {format_bytes(shard_bytes)}, sizes compared, contents not (too large for this check)"
+        )
+    if cfg.model.vocab_size < manifest.tokenizer.vocab_size:
+        found.problems.append(
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer in {folder}, "
+            f"{manifest.tokenizer.vocab_size}; set model.vocab_size={manifest.tokenizer.vocab_size} or more"
+        )
+    elif cfg.model.vocab_size > manifest.tokenizer.vocab_size:
+        found.warnings.append(
+            f"model.vocab_size={cfg.model.vocab_size} is more than the tokenizer's {manifest.tokenizer.vocab_size}: "
+            f"{cfg.model.vocab_size - manifest.tokenizer.vocab_size} rows of the embedding are padding"
+        )
+    needed = cfg.total_steps * cfg.train.global_batch_rows
+    epochs = needed / max(1, pack.num_rows)
+    if epochs > cfg.data.max_epochs:
+        found.problems.append(
+            f"too little data: {cfg.total_steps:,} steps x {cfg.train.global_batch_rows} rows need {needed:,} rows, "
+            f"{epochs:.1f} epochs of the {pack.num_rows:,} in {folder}, and data.max_epochs={cfg.data.max_epochs:g}; "
+            f"add text, lower train.total_tokens, or raise data.max_epochs"
+        )
+    else:
+        found.facts.append(f"data: {pack.num_rows:,} rows of {cfg.data.seq_len} tokens, {epochs:.2f} epochs")
+    if held_out.num_rows == 0:
+        found.problems.append(
+            f"the held-out split in {folder} has no rows; raise its share in `llmtrain data`"
+        )
+    return manifest
+
+
+def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> None:
+    if cfg.run.plan is not None and not Path(cfg.run.plan).is_file():
+        found.problems.append(
+            f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
+        )
+    try:
+        path = checkpoint_to_start_from(cfg.run)
+        if path is None:
+            found.facts.append("start: fresh weights, step 0")
+            return
+        reader = CheckpointReader(path)
+    except LLMTrainError as error:
+        found.problems.append(str(error))
+        return
+    if cfg.run.intent is Intent.warm_start:
+        found.facts.append(f"start: step 0 with the weights of {path}")
+        found.problems.extend(_shape_problems(cfg, reader))
+        return
+    found.facts.append(f"start: step {reader.step} from {path}")
+    fixed, changed = compare_to_checkpoint(cfg, reader.state)
+    found.problems.extend(fixed)
+    found.warnings.extend(changed)
+    if manifest is not None and manifest.hash() != reader.state["manifest_hash"]:
+        found.problems.append(
+            f"the data in {cfg.data.folder} is not what step {reader.step} was trained on (manifest "
+            f"{manifest.hash()[:12]}, checkpoint {reader.state['manifest_hash'][:12]}); point data.folder at the old "
+            f"data, or use run.intent=warm_start to go on with other data"
+        )
+
+
+def _shape_problems(cfg: TrainRoot, reader: CheckpointReader) -> Iterator[str]:
+    old, new = _flatten(reader.state["config"]["model"]), _flatten(files.plain(cfg.model))
+    for name in sorted(old.keys() | new.keys()):
+        if name != "init_std" and old.get(name) != new.get(name):
+            yield (
+                f"model.{name}={new.get(name)}, but the checkpoint of run.init_from has {old.get(name)}; "
+                f"a warm start keeps the model's shape"
+            )
+
+
+def compare_to_checkpoint(cfg: TrainRoot, state: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """(changes that a resume refuses, changes that it allows and reports), each a sentence."""
+    old, new = _flatten(state["config"]), _flatten(files.plain(cfg))
+    fixed, changed = [], []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if before == after or _under(name, FREE_AT_RESUME):
+            continue
+        if _under(name, FIXED_BY_CHECKPOINT):
+            fixed.append(
+                f"{name}={after}, but step {state['step']} was trained with {before}; a resume cannot change it"
+            )
+        else:
+            changed.append(
+                f"resuming with {name}={after}, which was {before}: losses from here on may differ"
+            )
+    return fixed, changed
+
+
+def _check_disk(cfg: TrainRoot, found: Findings) -> None:
+    folder = Path(cfg.run.folder)
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        found.problems.append(
+            f"run.folder={folder} cannot be written: {existing} is not a folder that you may write to"
+        )
+        return
+    one = num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM
+    needed = one * (cfg.train.keep_checkpoints + 1)  # the new one is whole before the oldest goes
+    free = files.free_bytes(folder)
+    if free < needed:
+        found.problems.append(
+            f"not enough disk space in {existing}: {cfg.train.keep_checkpoints} + 1 checkpoints of {format_bytes(one)} "
+            f"need {format_bytes(needed)}, {format_bytes(free)} are free; lower train.keep_checkpoints or make room"
+        )
+    else:
+        found.facts.append(
+            f"model: {format_count(num_params(cfg.model))} parameters, checkpoints of {format_bytes(one)}, "
+            f"{format_bytes(free)} free"
+        )
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat

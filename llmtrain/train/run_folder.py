@@ -1,0 +1,70 @@
+"""Where a run keeps what, and what its intent means for a folder as it stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.train.checkpoint import checkpoint_path, list_checkpoints
+from llmtrain.train.config import Intent, RunConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The resolved config of the newest attempt."""
+        return self.path / "config.yaml"
+
+    @property
+    def facts(self) -> Path:
+        """Commit, versions, command line and host of every attempt."""
+        return self.path / "run.json"
+
+    def holds_a_run(self) -> bool:
+        return self.metrics.exists() or self.checkpoints.exists()
+
+
+def checkpoint_to_start_from(cfg: RunConfig) -> Path | None:
+    """The checkpoint that the intent asks for, or None to start from fresh weights. Hashes are not compared yet.
+
+    Raises:
+        ConfigError: fresh or warm_start over a folder that holds a run.
+        CheckpointError: resume or warm_start without a checkpoint.
+    """
+    folder = RunFolder(Path(cfg.folder))
+    if cfg.intent in (Intent.fresh, Intent.warm_start) and folder.holds_a_run():
+        raise ConfigError(
+            f"run.intent={cfg.intent.name}, but {folder.path} holds a run already; set run.intent=resume to continue "
+            f"it, or choose another run.name"
+        )
+    if cfg.intent is Intent.fresh:
+        return None
+    source = folder.checkpoints
+    if cfg.intent is Intent.warm_start:
+        assert cfg.init_from is not None, "checked by RunConfig"
+        given = Path(cfg.init_from)
+        source = given / "checkpoints" if (given / "checkpoints").is_dir() else given
+        if source.name.startswith("step-"):
+            return source
+    steps = list_checkpoints(source) if source.is_dir() else []
+    if steps:
+        return checkpoint_path(source, steps[-1])
+    if cfg.intent is Intent.fresh_or_resume:
+        return None
+    where = "run.init_from" if cfg.intent is Intent.warm_start else "run.folder"
+    raise CheckpointError(
+        f"run.intent={cfg.intent.name}, but there is no finished checkpoint in {source}; check {where}, "
+        f"or set run.intent=fresh to start anew"
+    )
