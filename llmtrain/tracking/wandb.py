@@ -75,12 +75,12 @@ class WandbSink:
         """Records that W&B did not take. They are in metrics.jsonl."""
         self.mode = chosen_mode(config.wandb, os.environ)
         if config.wandb is WandbMode.online and self.mode is WandbMode.offline:
-            report("W&B: tracking.wandb=online, but WANDB_API_KEY is not set; going on offline")
+            report("tracking.wandb=online, but WANDB_API_KEY is not set; going on offline")
         if self.mode is not WandbMode.off:
             try:
                 self._start(run_name, run_config)
             except (OSError, ValueError, TypeError) as error:
-                report(f"W&B: not started ({type(error).__name__}: {error}); the run goes on without it")
+                report(f"not started ({type(error).__name__}: {error}); the run goes on without it")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Hand over one record of metrics.jsonl. Takes microseconds, whatever W&B does."""
@@ -91,7 +91,7 @@ class WandbSink:
             self.num_dropped += 1
             if self.num_dropped == 1:
                 self._report(
-                    "W&B: not keeping up, records are being dropped; all of them are in metrics.jsonl"
+                    "not keeping up, records are being dropped; all of them are in metrics.jsonl"
                 )
         self._relay_reports()
 
@@ -110,7 +110,7 @@ class WandbSink:
         if process.poll() is None:
             hint = SYNC_HINT.format(folder=self._folder)
             self._report(
-                f"W&B: did not finish in {self._config.wandb_finish_timeout_s:g} s and was ended; {hint}"
+                f"did not finish in {self._config.wandb_finish_timeout_s:g} s and was ended; {hint}"
             )
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)  # W&B's service too, if it is still there
@@ -119,7 +119,7 @@ class WandbSink:
         assert process.stdout is not None, "opened with a pipe"
         process.stdout.close()
         if self.num_dropped:
-            self._report(f"W&B: {self.num_dropped} records were dropped; metrics.jsonl has all of them")
+            self._report(f"{self.num_dropped} records were dropped; metrics.jsonl has all of them")
 
     def _start(self, run_name: str, run_config: Mapping[str, Any]) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +179,7 @@ class WandbSink:
                 self._unread += chunk
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
-            self._report(f"W&B: {line.decode(errors='replace')}")
+            self._report(line.decode(errors="replace"))
 
 
 class _Process:

@@ -1,0 +1,221 @@
+"""Everything that a run left in its folder, read once. What is not there yet is None, with a note that says why."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import read_json
+from llmtrain.model.config import ModelConfig
+from llmtrain.planner.plan import PlanFile, Prediction, predict, read_plan
+from llmtrain.tracking.metrics import Record, attempt_begins, read_lines, standing
+
+log = logging.getLogger(__name__)
+
+ENDINGS = ("finished", "stopped", "stop_signal", "diverged", "failed")
+"""Events that end an attempt. An attempt with none of them was killed, or still runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of the run, and how it ended."""
+
+    number: int
+    begin_step: int
+    """Steps done before it."""
+    last_step: int
+    began: float
+    """Unix seconds."""
+    ended: float
+    """Time of its last record."""
+    ending: Record | None
+    """Its last event of `ENDINGS`."""
+    facts: dict[str, Any]
+    """Its entry of run.json; empty when there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    folder: Path
+    name: str
+    config: dict[str, Any]
+    config_text: str
+    attempts: list[Attempt]
+    records: list[Record]
+    """Those that stand, in order of step."""
+    undone: list[Record]
+    """Steps that were done, and done again after a resume."""
+    evaluation: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+    manifest: Manifest | None
+    manifest_note: str
+    """Why there is no manifest."""
+    plan: PlanFile | None
+    prediction: Prediction | None
+    """What the plan's hardware and laws say about this very run."""
+    plan_note: str
+    """Why there is no prediction."""
+
+    def of_kind(self, kind: str) -> list[Record]:
+        return [record for record in self.records if record["kind"] == kind]
+
+    def setting(self, *path: str) -> Any:
+        """A value of the resolved config, or None where it has none."""
+        value: Any = self.config
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run folder.
+
+    Raises:
+        DataError: no such folder, or no metrics in it; the message says what to run.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no run folder {folder}; {_other_runs(folder)}")
+    metrics = folder / "metrics.jsonl"
+    if not metrics.exists():
+        raise DataError(
+            f"{folder} holds no metrics.jsonl, so no training has begun there; `llmtrain train` writes it from its "
+            f"first step"
+        )
+    lines = read_lines(metrics)
+    config_text, config = _read_config(folder / "config.yaml")
+    records = standing(lines)
+    standing_steps = {(record["step"], record["attempt"]) for record in records if record["kind"] == "step"}
+    manifest, manifest_note = _find_manifest(config, _read_facts(folder / "run.json"))
+    plan, prediction, plan_note = _find_plan(config)
+    return RunData(
+        folder=folder,
+        name=str((config.get("run") or {}).get("name") or folder.resolve().name),
+        config=config,
+        config_text=config_text,
+        attempts=attempts_of(lines, _read_facts(folder / "run.json")),
+        records=records,
+        undone=[
+            record
+            for record in lines
+            if record["kind"] == "step" and (record["step"], record["attempt"]) not in standing_steps
+        ],
+        evaluation=_read_optional_json(folder / "evaluation.json"),
+        samples=_read_samples(folder / "samples.jsonl"),
+        manifest=manifest,
+        manifest_note=manifest_note,
+        plan=plan,
+        prediction=prediction,
+        plan_note=plan_note,
+    )
+
+
+def attempts_of(lines: list[Record], facts: list[dict[str, Any]]) -> list[Attempt]:
+    """The attempts in `lines`, each with its entry of run.json."""
+    attempts = []
+    for number, begin_step in attempt_begins(lines).items():
+        own = [record for record in lines if record["attempt"] == number]
+        times = [float(record["time"]) for record in own if isinstance(record.get("time"), int | float)] or [0.0]
+        endings = [record for record in own if record["kind"] == "event" and record.get("what") in ENDINGS]
+        steps = [record["step"] for record in own if record["kind"] == "step"]
+        attempts.append(
+            Attempt(
+                number=number,
+                begin_step=begin_step,
+                last_step=max(steps, default=begin_step),
+                began=min(times),
+                ended=max(times),
+                ending=endings[-1] if endings else None,
+                facts=next((entry for entry in facts if entry.get("attempt") == number), {}),
+            )
+        )
+    return attempts
+
+
+def _other_runs(folder: Path) -> str:
+    parent = folder.parent
+    runs = sorted(path.parent.name for path in parent.glob("*/metrics.jsonl")) if parent.is_dir() else []
+    if runs:
+        return f"runs in {parent}: {', '.join(runs)}"
+    return "`llmtrain train` makes one; give its folder as run=FOLDER"
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    if not path.exists():
+        return "", {}
+    text = path.read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        log.warning("%s is not YAML (%s); the report goes on without it", path, error)
+        return text, {}
+    return text, config if isinstance(config, dict) else {}
+
+
+def _read_facts(path: Path) -> list[dict[str, Any]]:
+    content = _read_optional_json(path) or {}
+    attempts = content.get("attempts", [])
+    return [entry for entry in attempts if isinstance(entry, dict)]
+
+
+def _read_optional_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        log.warning("%s is not JSON (%s); the report goes on without it", path, error)
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            sample = json.loads(line)
+            samples.append({**sample, "prompt": str(sample["prompt"]), "text": str(sample["text"])})
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s:%d is not a sample; skipped", path, number)
+    return samples
+
+
+def _find_manifest(config: dict[str, Any], facts: list[dict[str, Any]]) -> tuple[Manifest | None, str]:
+    given = (config.get("data") or {}).get("folder")
+    if not given:
+        return None, "The run's config names no data folder."
+    started_in = [Path(entry["working_folder"]) for entry in facts if entry.get("working_folder")]
+    candidates = [Path(given), *(base / given for base in started_in)]
+    folder = next((each for each in candidates if (each / MANIFEST_NAME).exists()), Path(given))
+    try:
+        return read_manifest(folder), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _find_plan(config: dict[str, Any]) -> tuple[PlanFile | None, Prediction | None, str]:
+    given = (config.get("run") or {}).get("plan")
+    if not given:
+        return None, None, "No plan was given. `llmtrain plan` writes one; name it with run.plan=FILE."
+    try:
+        plan = read_plan(Path(given))
+        rows, seq_len = config["train"]["global_batch_rows"], config["data"]["seq_len"]
+        prediction = predict(
+            plan,
+            ModelConfig(**config["model"]),
+            seq_len=seq_len,
+            num_tokens=config["train"]["total_tokens"],
+            global_batch_tokens=rows * seq_len,
+            num_devices=plan.hardware.num_devices,
+        )
+    except (DataError, ConfigError, KeyError, TypeError) as error:
+        return None, None, f"The plan {given} cannot be held against this run: {error}"
+    return plan, prediction, ""
