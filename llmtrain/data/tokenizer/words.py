@@ -13,10 +13,10 @@ from __future__ import annotations
 from itertools import chain, pairwise
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.data.kernels import compiled
 from llmtrain.data.tokenizer.tokenizer import SPACE_MARK, Ids, Tokenizer
 
 MAX_STORE_BYTES = 64 << 20
@@ -29,6 +29,16 @@ Ints = npt.NDArray[np.int64]
 
 class WordEncoder:
     """Encode documents through a store of distinct words."""
+
+    _slots: npt.NDArray[np.int32]  # number of a word + 1; 0 is empty
+    _word_hash: npt.NDArray[np.uint64]
+    _word_start: Ints
+    _arena: Bytes  # the words' bytes
+    _num_words: int
+    _num_arena_bytes: int
+    _ids: Ids
+    _ids_start: Ints
+    _num_ids: int
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -71,7 +81,7 @@ class WordEncoder:
         return sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
 
     def _reset(self) -> None:
-        self._slots = np.zeros(2 * START_CAPACITY, dtype=np.int32)  # number of a word + 1; 0 is empty
+        self._slots = np.zeros(2 * START_CAPACITY, dtype=np.int32)
         self._word_hash = np.zeros(START_CAPACITY, dtype=np.uint64)
         self._word_start = np.zeros(START_CAPACITY + 1, dtype=np.int64)
         self._arena = np.zeros(1 << 20, dtype=np.uint8)
@@ -134,16 +144,16 @@ def _grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
     return larger
 
 
-@numba.njit(cache=True, nogil=True)
-def _is_space_mark(text, at, end):  # type: ignore[no-untyped-def]
+@compiled
+def _is_space_mark(text: Any, at: int, end: int) -> bool:
     return at + 2 < end and text[at] == 0xE2 and text[at + 1] == 0x96 and text[at + 2] == 0x81
 
 
-@numba.njit(cache=True, nogil=True)
-def _cut_and_look_up(  # type: ignore[no-untyped-def]
-    text, doc_offsets, joined, slots, word_hash, word_start, arena,
-    words, word_ends, at, document, num_out, num_words, num_arena_bytes,
-):  # fmt: skip
+@compiled
+def _cut_and_look_up(
+    text: Any, doc_offsets: Any, joined: Any, slots: Any, word_hash: Any, word_start: Any, arena: Any,
+    words: Any, word_ends: Any, at: int, document: int, num_out: int, num_words: int, num_arena_bytes: int,
+) -> Any:  # fmt: skip
     """Cut into words from byte `at` of `document` on and write each one's number; new words go into the
     store.
 
@@ -202,8 +212,8 @@ def _cut_and_look_up(  # type: ignore[no-untyped-def]
     return at, document, num_out, num_words, num_arena_bytes
 
 
-@numba.njit(cache=True, nogil=True)
-def _fill_slots(slots, word_hash, num_words):  # type: ignore[no-untyped-def]
+@compiled
+def _fill_slots(slots: Any, word_hash: Any, num_words: int) -> None:
     mask = len(slots) - 1
     for word in range(num_words):
         slot = np.int64(word_hash[word] & np.uint64(mask))
@@ -212,8 +222,8 @@ def _fill_slots(slots, word_hash, num_words):  # type: ignore[no-untyped-def]
         slots[slot] = word + 1
 
 
-@numba.njit(cache=True, nogil=True)
-def _token_counts(words, word_ends, ids_start):  # type: ignore[no-untyped-def]
+@compiled
+def _token_counts(words: Any, word_ends: Any, ids_start: Any) -> Any:
     counts = np.empty(len(word_ends), dtype=np.int64)
     at = 0
     for document in range(len(word_ends)):
@@ -226,8 +236,8 @@ def _token_counts(words, word_ends, ids_start):  # type: ignore[no-untyped-def]
     return counts
 
 
-@numba.njit(cache=True, nogil=True)
-def _gather(words, word_ends, counts, ids_start, ids, eos_id):  # type: ignore[no-untyped-def]
+@compiled
+def _gather(words: Any, word_ends: Any, counts: Any, ids_start: Any, ids: Any, eos_id: int) -> Any:
     out = np.empty(counts.sum(), dtype=np.int32)
     at = 0
     filled = 0
