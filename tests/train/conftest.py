@@ -1,0 +1,129 @@
+"""Runs of `llmtrain train` without paying for torch's and DeepSpeed's import each time.
+
+A fork server imports them once; every rank of every run is a fork of it, a process of its own that can be killed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parent / "dist"))
+
+from data_folder import train_arguments, write_data_folder
+from ranks import free_port
+
+
+def _be_a_rank(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
+    """Become `llmtrain <arguments>` with its output in a file."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from llmtrain.cli.main import main  # noqa: PLC0415  in the rank, not in the server
+
+    sys.argv = ["llmtrain", *arguments]
+    main()
+
+
+@dataclass
+class Run:
+    """A started run: one process a rank."""
+
+    processes: list[Any]
+    outputs: list[Path]
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self, timeout_s: float = 120.0) -> int:
+        """Exit status of rank 0, once every rank has left."""
+        for process in self.processes:
+            process.join(timeout_s)
+            assert not process.is_alive(), f"still running after {timeout_s} s:\n{self.text()}"
+        status: int = self.processes[0].exitcode
+        return status
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def signal(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def text(self) -> str:
+        return "\n".join(output.read_text() for output in self.outputs if output.exists())
+
+
+class Launcher:
+    def __init__(self, folder: Path) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._folder = folder
+        self._count = 0
+
+    def start(self, arguments: Sequence[str], *, num_ranks: int = 1, **environment: str) -> Run:
+        self._count += 1
+        shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        if num_ranks > 1:
+            shared |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        run = Run([], [])
+        for rank in range(num_ranks):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+            output = self._folder / f"{self._count}-{rank}.txt"
+            process = self._context.Process(
+                target=_be_a_rank, args=(list(arguments), shared | own | environment, str(output)), daemon=True
+            )
+            process.start()
+            run.processes.append(process)
+            run.outputs.append(output)
+        return run
+
+    def run(self, arguments: Sequence[str], *, num_ranks: int = 1, **environment: str) -> tuple[int, str]:
+        """Exit status of rank 0, and everything that all ranks printed."""
+        run = self.start(arguments, num_ranks=num_ranks, **environment)
+        status = run.wait()
+        return status, run.text()
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    slow_to_import = ["llmtrain.train.assemble", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(slow_to_import)
+    yield Launcher(tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data_folder(tmp_path_factory.mktemp("data"))
+
+
+@dataclass
+class Finished:
+    folder: Path
+    arguments: list[str]
+
+
+@pytest.fixture(scope="session")
+def finished(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An uninterrupted run of 12 steps with every checkpoint kept; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    arguments = train_arguments(data, folder, "train.keep_checkpoints=9")
+    status, text = launcher.run(arguments)
+    assert status == 0, text
+    return Finished(folder, arguments)

@@ -1,0 +1,156 @@
+"""Any restart, the same run."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from data_folder import train_arguments
+
+from llmtrain.tracking.metrics import read_lines, read_metrics
+from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
+
+if TYPE_CHECKING:
+    from conftest import Finished, Launcher
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "step"}
+
+
+def stopped_after(finished: Finished, step: int, folder: Path) -> list[str]:
+    """Make `folder` what a kill right after the checkpoint of `step` would have left; return arguments to go on."""
+    shutil.copytree(finished.folder, folder)
+    for later in list_checkpoints(folder / "checkpoints"):
+        if later > step:
+            shutil.rmtree(folder / "checkpoints" / f"step-{later:08d}")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    (folder / "metrics.jsonl").write_text("".join(kept))
+    return [*finished.arguments, f"run.folder={folder}", "run.intent=resume"]
+
+
+def test_fp32_losses_after_a_resume_are_bit_equal(finished: Finished, launcher: Launcher, tmp_path: Path) -> None:
+    arguments = stopped_after(finished, 4, tmp_path / "run")
+    status, text = launcher.run(arguments)
+    assert status == 0, text
+    assert losses(tmp_path / "run") == losses(finished.folder)
+    attempts = {line["attempt"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    assert attempts == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "stage", "micro"),
+    [(2, 1, 4), (2, 0, 1), (2, 3, 2), (1, 2, 8)],
+)
+def test_a_resume_on_another_layout_continues_the_same_run(
+    finished: Finished, launcher: Launcher, tmp_path: Path, num_ranks: int, stage: int, micro: int
+) -> None:
+    arguments = stopped_after(finished, 8, tmp_path / "run")
+    status, text = launcher.run(
+        [*arguments, f"parallel.zero_stage={stage}", f"train.micro_batch_rows={micro}"], num_ranks=num_ranks
+    )
+    assert status == 0, text
+    continued, whole = losses(tmp_path / "run"), losses(finished.folder)
+    assert continued.keys() == whole.keys()
+    # other sums, other order of fp32 additions
+    np.testing.assert_allclose(list(continued.values()), list(whole.values()), rtol=1e-5)
+
+
+def test_checkpoints_of_different_layouts_hold_equal_weights(
+    finished: Finished, launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    arguments = train_arguments(data, tmp_path / "run", "parallel.zero_stage=3")
+    status, text = launcher.run(arguments, num_ranks=2)
+    assert status == 0, text
+    ours, theirs = (
+        CheckpointReader(folder / "checkpoints" / "step-00000012") for folder in (tmp_path / "run", finished.folder)
+    )
+    for kind in ("weight", "exp_avg", "exp_avg_sq"):
+        for name in theirs.tensors:
+            np.testing.assert_allclose(
+                ours.read(kind, name), theirs.read(kind, name), rtol=1e-3, atol=2e-5, err_msg=f"{kind} {name}"
+            )
+
+
+def test_warm_start_takes_weights_only(finished: Finished, launcher: Launcher, tmp_path: Path) -> None:
+    arguments = [
+        *finished.arguments,
+        f"run.folder={tmp_path / 'run'}",
+        "run.intent=warm_start",
+        f"run.init_from={finished.folder}",
+    ]
+    status, text = launcher.run(arguments)
+    assert status == 0, text
+    warm, cold = losses(tmp_path / "run"), losses(finished.folder)
+    assert set(warm) == set(cold)
+    assert warm[1] < 0.8 * cold[1], "the weights of the other run were not taken"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][0]["from"].endswith("step-00000012")
+
+
+def test_sigterm_saves_and_leaves_at_the_same_step_on_every_rank(
+    launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    arguments = train_arguments(data, tmp_path / "run", "train.total_tokens=200000", "data.max_epochs=99")
+    run = launcher.start(arguments, num_ranks=2)
+    wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 3)
+    run.processes[1].terminate()  # one rank is told; both must leave
+    assert run.wait() == 0, run.text()
+    last = max(losses(tmp_path / "run"))
+    path = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert path is not None
+    assert CheckpointReader(path).step == last
+    assert f"stopped by a signal after step {last}" in run.text()
+
+
+def test_kill_9_at_20_random_moments_loses_no_committed_step(
+    finished: Finished, launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    """Saves at every step, so that many of the kills fall into one."""
+    folder = tmp_path / "run"
+    arguments = train_arguments(
+        data, folder, "train.save_every_steps=1", "run.intent=fresh_or_resume", "train.eval_every_steps=0"
+    )
+    moments = random.Random(20)
+    committed, kills = 0, 0
+    while kills < 20:
+        run = launcher.start(arguments)
+        begun = len(_lines(folder))
+        limit = time.monotonic() + 60
+        while run.processes[0].is_alive() and len(_lines(folder)) <= begun and time.monotonic() < limit:
+            time.sleep(0.005)  # imports are over once the attempt has written a line
+        time.sleep(moments.uniform(0.0, 0.12))
+        alive = run.processes[0].is_alive()
+        run.kill()
+        kills += alive
+        steps = [line["step"] for line in _lines(folder) if line["kind"] == "checkpoint"]
+        newest = newest_checkpoint(folder / "checkpoints")
+        found = 0 if newest is None else CheckpointReader(newest).step
+        assert found >= max(steps, default=0), "a save that was reported is gone"
+        assert found >= committed, "a committed step was lost"
+        committed = found
+        if not alive:
+            assert run.processes[0].exitcode == 0, run.text()
+            assert losses(folder) == {step: loss for step, loss in losses(finished.folder).items()}
+            shutil.rmtree(folder)
+            committed = 0
+    status, text = launcher.run(arguments)
+    assert status == 0, text
+    assert losses(folder) == losses(finished.folder), "the losses are not those of the uninterrupted run"
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+
+
+def wait_for(claim: Any, timeout_s: float = 60.0) -> None:
+    limit = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)
