@@ -226,11 +226,9 @@ def optimum_interval(flops: float) -> tuple[Interval, Interval]:
 
 
 def parametric_loss(form: Parametric, num_params: float, num_tokens: float) -> float:
-    return (
-        form.entropy
-        + form.params_scale / num_params**form.params_exponent
-        + form.tokens_scale / num_tokens**form.tokens_exponent
-    )
+    params_term = form.params_scale / num_params**form.params_exponent
+    tokens_term = form.tokens_scale / num_tokens**form.tokens_exponent
+    return float(form.entropy + params_term + tokens_term)
 
 
 def kaplan_loss(num_non_embedding_params: float, num_tokens: float) -> float:

@@ -28,6 +28,8 @@ COLUMNS = 110
 SIZE_STEPS = (0.25, 0.5, 1.0, 2.0, 4.0)
 FAR_DECADES = 0.5
 """Assumed, not measured: past half a decade outside its runs a law is called an extrapolation in a note."""
+MISSED_SIZE = 1.4
+"""Assumed, not measured: past this factor between shape and law a note says so."""
 CHECKS_PER_RUN = 10
 """Evaluations and checkpoints that the experiment asks for."""
 
@@ -50,52 +52,46 @@ def plan_text(planned: Planned) -> str:
 def notes(planned: Planned) -> list[str]:
     """Everything about this plan that is weaker than its digits look."""
     plan, recipe, wish = planned.plan, planned.recipe, planned.law_optimum
+    model, expected = plan.choice.model, plan.prediction
     found = []
     if wish.decades_outside > FAR_DECADES:
+        fitted = find_law(plan.law).fitted
         found.append(
             f"{plan.law} is stretched {wish.decades_outside:.1f} powers of ten past the runs it was fitted "
-            "to "
-            f"({_range_text(find_law(plan.law).fitted.num_params)} parameters, "
-            f"{_range_text(find_law(plan.law).fitted.num_tokens)} tokens): take its optimum as a starting "
-            "point, not a fact."
+            f"to ({_range_text(fitted.num_params)} parameters, {_range_text(fitted.num_tokens)} tokens): "
+            f"take its optimum as a starting point, not a fact."
         )
-    if not 0.7 <= planned.size_ratio <= 1.4:
-        embedding = num_params_by_part(plan.choice.model)["embedding"] / num_params(plan.choice.model)
+    if not 1 / MISSED_SIZE <= planned.size_ratio <= MISSED_SIZE:
+        embedding = num_params_by_part(model)["embedding"] / num_params(model)
         found.append(
             f"the law asks for {format_count(wish.num_params)} parameters; the nearest shape has "
             f"{planned.size_ratio:.1f} times as many, {embedding:.0%} of them in the embedding of "
-            f"{plan.choice.model.vocab_size} tokens. A smaller vocabulary or a larger budget would bring "
-            "them together."
+            f"{model.vocab_size} tokens. A smaller vocabulary or a larger budget would bring them together."
         )
     if recipe.step_law_decades_outside > FAR_DECADES:
         found.append(
             f"the Step Law is stretched {recipe.step_law_decades_outside:.1f} powers of ten too: try two or "
-            "three learning "
-            f"rates (`llmtrain train -m ... optimizer.peak_lr=...`) before a run that matters."
+            f"three learning rates (`llmtrain train -m ... optimizer.peak_lr=...`) before a run that matters."
         )
-    if plan.prediction.loss_decades_outside > FAR_DECADES:
+    if expected.loss_decades_outside > FAR_DECADES:
         found.append(
-            f"no law was fitted near this run: the nearest, {plan.prediction.loss_law}, ends "
-            f"{plan.prediction.loss_decades_outside:.1f} powers of ten away. The interval of the loss is "
-            "wide on purpose."
+            f"no law was fitted near this run: the nearest, {expected.loss_law}, ends "
+            f"{expected.loss_decades_outside:.1f} powers of ten away. The loss interval is wide on purpose."
         )
     if "assumed" in plan.hardware.utilization_source:
         found.append(
-            f"the utilization is {plan.hardware.utilization_source}: run a few steps, read mfu in "
-            "metrics.jsonl, and plan "
-            f"again with hardware.utilization_mid=..."
+            "the utilization is at least partly assumed: run a few steps, read mfu in metrics.jsonl, and "
+            "plan again with hardware.utilization_mid=..."
         )
     mem_gib = plan.hardware.mem_gib
-    if mem_gib is not None and plan.prediction.state_gib > mem_gib:
+    if mem_gib is not None and expected.state_gib > mem_gib:
         found.append(
-            f"the training state is {plan.prediction.state_gib:.0f} GiB and a device has {mem_gib:.0f}: it "
-            "must be "
+            f"the training state is {expected.state_gib:.0f} GiB and a device has {mem_gib:.0f}: it must be "
             f"split over ranks (parallel.zero_stage)."
         )
     found.append(
         f"the run reads {format_count(plan.choice.total_tokens)} tokens: have at least a quarter of them "
-        "unique "
-        f"(up to 4 epochs cost almost nothing, Muennighoff et al. 2023, arXiv:2305.16264)."
+        f"unique (up to 4 epochs cost almost nothing, Muennighoff et al. 2023, arXiv:2305.16264)."
     )
     found.append(
         f"laws speak of their own text and tokenizer; the loss interval is widened by {TEXT_FACTOR:g} for "
@@ -195,8 +191,7 @@ def _law_table(plan: PlanFile) -> list[str]:
         *_wrapped(
             "  ",
             '"20 tokens per parameter" is one of these rows, not a law of nature: here they agree to a '
-            "factor "
-            f"{spread:.1f} either way.",
+            f"factor {spread:.1f} either way.",
         ),
         *_wrapped("  * ", f"chosen: {find_law(plan.law).source}"),
     ]
