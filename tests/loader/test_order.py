@@ -1,0 +1,123 @@
+"""The order of rows is a bijection, spread evenly, and never changes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtrain import rng
+from llmtrain.errors import DataError
+from llmtrain.loader.order import MAX_ROWS, permute, row_at, rows_at
+
+HASH = "0123abcd"
+
+
+def test_every_row_comes_once_for_all_sizes_up_to_2000() -> None:
+    for num_rows in range(1, 2001):
+        rows = permute(np.arange(num_rows, dtype=np.uint64), num_rows=num_rows, key=rng.key(7, num_rows))
+        assert np.array_equal(np.sort(rows), np.arange(num_rows)), num_rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_rows=st.integers(1, MAX_ROWS),
+    seed=st.integers(0, 2**63),
+    start=st.integers(0, 2**62),
+    count=st.integers(1, 300),
+)
+def test_positions_of_one_epoch_never_share_a_row_at_any_size(
+    num_rows: int, seed: int, start: int, count: int
+) -> None:
+    positions = start + np.arange(count)
+    rows = rows_at(positions, num_rows=num_rows, seed=seed, pack_hash=HASH)
+    assert rows.min() >= 0
+    assert rows.max() < num_rows
+    seen = set(zip((positions // num_rows).tolist(), rows.tolist(), strict=True))
+    assert len(seen) == count
+
+
+def test_order_is_the_one_it_always_was() -> None:
+    """If this fails, a resumed run reads other rows than it would have: do not update the numbers."""
+    golden = {
+        10: [9, 7, 4, 0, 1, 2, 3, 5],
+        1_000_003: [830011, 520478, 844404, 658688, 246642, 989553, 486382, 973174],
+        2**48: [
+            192306280362088,
+            230310642310140,
+            31573917487591,
+            121059301794390,
+            110585765358570,
+            168269900937663,
+            167010485514816,
+            233967096367853,
+        ],
+    }
+    for num_rows, rows in golden.items():
+        assert rows_at(np.arange(8), num_rows=num_rows, seed=42, pack_hash=HASH).tolist() == rows
+    late = rows_at(5 * 1_000_003 + np.arange(4), num_rows=1_000_003, seed=42, pack_hash=HASH)
+    assert late.tolist() == [373444, 581821, 943605, 525571]
+
+
+def test_each_epoch_seed_and_pack_has_its_own_order() -> None:
+    at = np.arange(1000)
+    orders = [
+        rows_at(at, num_rows=1000, seed=1, pack_hash=HASH),
+        rows_at(at + 1000, num_rows=1000, seed=1, pack_hash=HASH),
+        rows_at(at, num_rows=1000, seed=2, pack_hash=HASH),
+        rows_at(at, num_rows=1000, seed=1, pack_hash="other"),
+    ]
+    for one, other in itertools.combinations(orders, 2):
+        assert (one == other).sum() < 10  # 1 expected of two random orders
+
+
+def test_one_position_equals_many_in_any_shape() -> None:
+    at = np.arange(40).reshape(5, 8)
+    rows = rows_at(at, num_rows=17, seed=3, pack_hash=HASH)
+    assert rows.shape == at.shape
+    assert [row_at(p, num_rows=17, seed=3, pack_hash=HASH) for p in range(40)] == rows.ravel().tolist()
+
+
+@pytest.mark.parametrize("num_rows", [3, 5])
+def test_every_order_of_few_rows_is_equally_likely(num_rows: int) -> None:
+    num_keys = 1000
+    found = Counter(
+        tuple(permute(np.arange(num_rows, dtype=np.uint64), num_rows=num_rows, key=rng.key(at)).tolist())
+        for at in range(num_keys)
+    )
+    assert_uniform(list(found.values()), num_cells=math.factorial(num_rows))
+
+
+def test_row_of_a_position_is_uniform_over_keys() -> None:
+    rows = [row_at(at, num_rows=50, seed=at, pack_hash=HASH) for at in range(2000)]
+    assert_uniform(np.bincount(rows).tolist(), num_cells=50)
+
+
+def test_neighbours_in_position_are_not_neighbours_in_rows() -> None:
+    rows = rows_at(np.arange(100_000), num_rows=100_000, seed=9, pack_hash=HASH)
+    steps = np.diff(rows) % 100_000
+    assert_uniform(np.bincount(steps // 1000, minlength=100).tolist(), num_cells=100)
+    assert abs(np.corrcoef(rows[:-1], rows[1:])[0, 1]) < 5 / math.sqrt(len(rows))
+    assert_uniform(np.bincount(rows[:20_000] // 1000, minlength=100).tolist(), num_cells=100)
+
+
+def assert_uniform(counts: list[int], *, num_cells: int) -> None:
+    """Chi-squared within 5 standard deviations of its mean; the keys are fixed, so this never flickers."""
+    expected = sum(counts) / num_cells
+    chi_squared = sum((count - expected) ** 2 for count in counts) / expected
+    chi_squared += (num_cells - len(counts)) * expected
+    freedom = num_cells - 1
+    assert (chi_squared - freedom) / math.sqrt(2 * freedom) < 5
+
+
+@pytest.mark.parametrize("num_rows", [0, -1, 2**48 + 1])
+def test_impossible_sizes_are_refused(num_rows: int) -> None:
+    with pytest.raises(
+        DataError, match=rf"num_rows={num_rows} cannot be put in order; it must have 1 to 2\^48"
+    ):
+        row_at(0, num_rows=num_rows, seed=0, pack_hash=HASH)
