@@ -1,4 +1,4 @@
-"""`llmtrain bench TOPIC [out=FILE]`: a table of figures and a file of JSON rows; alone, the list of topics."""
+"""`llmtrain bench TOPIC [out=FILE]`: a table of figures and a file of rows; alone, the list of topics."""
 
 from __future__ import annotations
 

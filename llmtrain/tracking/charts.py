@@ -1,8 +1,9 @@
-"""Line charts as SVG text, made by hand: no network, no fonts of their own, colours from the page's style sheet.
+"""Line charts as SVG text, made by hand: no network, no fonts of their own, colours from the page's style
+sheet.
 
-A chart names its units, labels its lines at their ends instead of in a legend, and leaves a gap where a value is
-missing. Many points are drawn as the mean of a bucket with a band from its smallest to its largest value, so a spike
-stays visible at any length.
+A chart names its units, labels its lines at their ends instead of in a legend, and leaves a gap where a value
+is missing. Many points are drawn as the mean of a bucket with a band from its smallest to its largest value,
+so a spike stays visible at any length.
 """
 
 from __future__ import annotations
@@ -69,7 +70,13 @@ class Chart:
 def svg(chart: Chart) -> str:
     """The chart, or an empty string when there is no value to draw."""
     drawn = [bucketed(series, chart.max_points) for series in chart.series]
-    values = [v for line in drawn for _, mean, low, high in line for v in (mean, low, high) if usable(v, chart.log_y)]
+    values = [
+        value
+        for line in drawn
+        for _, *ys in line
+        for value in ys
+        if value is not None and usable(value, log=chart.log_y)
+    ]
     xs = [x for line in drawn for x, *_ in line]
     if not values:
         return ""
@@ -94,11 +101,15 @@ def svg(chart: Chart) -> str:
         return top + (1 - share) * (chart.height - top - bottom)
 
     floor = chart.height - bottom
-    parts = [f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{escape(chart.y_unit)}">']
+    parts = [
+        f'<svg viewBox="0 0 {chart.width} {chart.height}" role="img" aria-label="{escape(chart.y_unit)}">'
+    ]
     parts.append(text(4, 12, chart.y_unit, "unit"))
     for tick in ticks:
         y = at_y(tick)
-        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{chart.width - chart.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{left:.1f}" x2="{chart.width - chart.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(text(left - 7, y + 4, format_y(tick), "tick", anchor="end"))
     parts += x_axis(chart, x_low, x_high, at_x, floor)
     parts += mark_lines(chart, at_x, top, floor)
@@ -150,7 +161,9 @@ def smoothed(ys: Sequence[float | None], window: int) -> list[float | None]:
     return result
 
 
-def axis(low: float, high: float, *, log: bool = False, from_zero: bool = False) -> tuple[float, float, list[float]]:
+def axis(
+    low: float, high: float, *, log: bool = False, from_zero: bool = False
+) -> tuple[float, float, list[float]]:
     """Ends of a value axis and its ticks: round numbers, three to seven of them."""
     if log:
         return log_axis(low, high)
@@ -171,7 +184,9 @@ def log_axis(low: float, high: float) -> tuple[float, float, list[float]]:
         for digit in (1, 2, 5)
     ]
     first = max(index for index, value in enumerate(candidates) if value <= low * (1 + 1e-9))
-    last = next((index for index, value in enumerate(candidates) if value >= high * (1 - 1e-9)), len(candidates) - 1)
+    last = next(
+        (index for index, value in enumerate(candidates) if value >= high * (1 - 1e-9)), len(candidates) - 1
+    )
     last = max(last, first + 1)
     ticks = candidates[first : last + 1]
     if len(ticks) > 7:
@@ -203,13 +218,16 @@ def text(x: float, y: float, words: str, style: str, anchor: str = "start") -> s
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def usable(value: float | None, log: bool) -> bool:
-    return value is not None and math.isfinite(value) and (value > 0 or not log)
+def usable(value: float, *, log: bool) -> bool:
+    """Whether the axis has a place for it."""
+    return math.isfinite(value) and (value > 0 or not log)
 
 
 def x_axis(chart: Chart, low: float, high: float, at_x: Callable[[float], float], floor: float) -> list[str]:
     step = max(1.0, nice_step((high - low) / (chart.width / 95)))
-    parts = [f'<line class="axis" x1="{at_x(low):.1f}" x2="{at_x(high):.1f}" y1="{floor:.1f}" y2="{floor:.1f}"/>']
+    parts = [
+        f'<line class="axis" x1="{at_x(low):.1f}" x2="{at_x(high):.1f}" y1="{floor:.1f}" y2="{floor:.1f}"/>'
+    ]
     tick = math.ceil(low / step) * step
     room = at_x(high) - (len(chart.x_unit) + 2) * CHARACTER_WIDTH  # the axis' name stands at its right end
     while tick <= high:
@@ -255,13 +273,15 @@ def path_of(
     commands: list[str] = []
     pen_is_down = False
     for x, mean, _, _ in line:
-        if mean is None or not usable(mean, log):
+        if mean is None or not usable(mean, log=log):
             pen_is_down = False
             continue
         commands.append(f"{'L' if pen_is_down else 'M'}{at_x(x):.1f} {at_y(mean):.1f}")
         pen_is_down = True
     if series.has_band and len(series.xs) > len(line):
-        inside = [(x, lo, hi) for x, _, lo, hi in line if lo is not None and hi is not None and usable(lo, log)]
+        inside = [
+            (x, lo, hi) for x, _, lo, hi in line if lo is not None and hi is not None and usable(lo, log=log)
+        ]
         edge = [f"{at_x(x):.1f},{at_y(hi):.1f}" for x, _, hi in inside]
         edge += [f"{at_x(x):.1f},{at_y(lo):.1f}" for x, lo, _ in reversed(inside)]
         parts.append(f'<polygon class="band {series.style}" points="{" ".join(edge)}"/>')
@@ -272,7 +292,7 @@ def path_of(
             f'<circle class="dot {series.style}" cx="{at_x(x):.1f}" cy="{at_y(mean):.1f}" r="3.2">'
             f"<title>{escape(f'{number(x)}: {mean:.5g}')}</title></circle>"
             for x, mean, _, _ in line
-            if mean is not None and usable(mean, log)
+            if mean is not None and usable(mean, log=log)
         ]
     return parts
 
@@ -288,7 +308,9 @@ def end_labels(
     """The name of each line beside its last value, moved apart where they would touch."""
     wanted = []
     for series, line in zip(chart.series, drawn, strict=True):
-        last = next(((x, y) for x, y, _, _ in reversed(line) if y is not None and usable(y, chart.log_y)), None)
+        last = next(
+            ((x, y) for x, y, _, _ in reversed(line) if y is not None and usable(y, log=chart.log_y)), None
+        )
         if series.label and last is not None:
             wanted.append((at_y(last[1]), at_x(last[0]), series))
     wanted.sort(key=lambda label: label[0])

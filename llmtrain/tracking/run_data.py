@@ -1,9 +1,13 @@
-"""Everything that a run left in its folder, read once. What is not there yet is None, with a note that says why."""
+"""Everything that a run left in its folder, read once. What is not there yet is None, with a note that says
+why."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,10 @@ from llmtrain.tracking.metrics import Record, attempt_begins, read_lines, standi
 
 log = logging.getLogger(__name__)
 
-ENDINGS = ("finished", "stopped", "stop_signal", "diverged", "failed")
+SETTLING_STEPS = 3
+"""First steps of an attempt that warm caches up; medians of time and rate leave them out."""
+
+ENDINGS = ("finished", "stopped", "diverged", "failed")
 """Events that end an attempt. An attempt with none of them was killed, or still runs."""
 
 
@@ -73,6 +80,31 @@ class RunData:
             value = value.get(name) if isinstance(value, dict) else None
         return value
 
+    def evaluated(self, name: str) -> float | None:
+        """A number of evaluation.json."""
+        return as_number((self.evaluation or {}).get(name))
+
+    def held_out_loss(self) -> float | None:
+        """That of `llmtrain evaluate`, else of the run's last evaluation."""
+        evals = self.of_kind("eval")
+        loss = self.evaluated("held_out_loss")
+        return as_number(evals[-1].get("eval_loss")) if loss is None and evals else loss
+
+    def settled(self) -> list[Record]:
+        """Steps past the first few of their attempt; all of them when that leaves none."""
+        begins = {attempt.number: attempt.begin_step for attempt in self.attempts}
+        steps = self.of_kind("step")
+        later = [step for step in steps if step["step"] > begins.get(step["attempt"], 0) + SETTLING_STEPS]
+        return later or steps
+
+    def num_epochs(self) -> float | None:
+        """How often the run went over its rows."""
+        steps, seq_len = self.of_kind("step"), self.setting("data", "seq_len")
+        if self.manifest is None or not steps or as_number(steps[-1].get("position")) is None:
+            return None
+        packs = [pack for pack in self.manifest.packs if (pack.split, pack.seq_len) == ("train", seq_len)]
+        return float(steps[-1]["position"]) / packs[0].num_rows if packs and packs[0].num_rows else None
+
 
 def read_run(folder: Path) -> RunData:
     """Read a run folder.
@@ -85,7 +117,8 @@ def read_run(folder: Path) -> RunData:
     metrics = folder / "metrics.jsonl"
     if not metrics.exists():
         raise DataError(
-            f"{folder} holds no metrics.jsonl, so no training has begun there; `llmtrain train` writes it from its "
+            f"{folder} holds no metrics.jsonl, so no training has begun there; `llmtrain train` writes it "
+            "from its "
             f"first step"
         )
     lines = read_lines(metrics)
@@ -121,7 +154,9 @@ def attempts_of(lines: list[Record], facts: list[dict[str, Any]]) -> list[Attemp
     attempts = []
     for number, begin_step in attempt_begins(lines).items():
         own = [record for record in lines if record["attempt"] == number]
-        times = [float(record["time"]) for record in own if isinstance(record.get("time"), int | float)] or [0.0]
+        times = [float(record["time"]) for record in own if isinstance(record.get("time"), int | float)] or [
+            0.0
+        ]
         endings = [record for record in own if record["kind"] == "event" and record.get("what") in ENDINGS]
         steps = [record["step"] for record in own if record["kind"] == "step"]
         attempts.append(
@@ -219,3 +254,23 @@ def _find_plan(config: dict[str, Any]) -> tuple[PlanFile | None, Prediction | No
     except (DataError, ConfigError, KeyError, TypeError) as error:
         return None, None, f"The plan {given} cannot be held against this run: {error}"
     return plan, prediction, ""
+
+
+def as_number(value: object) -> float | None:
+    """`value` as a float, or None when it is no finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def values_of(records: Sequence[Record], name: str) -> list[float | None]:
+    return [as_number(record.get(name)) for record in records]
+
+
+def present_values(records: Sequence[Record], name: str) -> list[float]:
+    return [value for value in values_of(records, name) if value is not None]
+
+
+def median_of(records: Sequence[Record], name: str) -> float | None:
+    present = present_values(records, name)
+    return statistics.median(present) if present else None

@@ -90,9 +90,7 @@ class WandbSink:
         if not self._put(line):
             self.num_dropped += 1
             if self.num_dropped == 1:
-                self._report(
-                    "not keeping up, records are being dropped; all of them are in metrics.jsonl"
-                )
+                self._report("not keeping up, records are being dropped; all of them are in metrics.jsonl")
         self._relay_reports()
 
     def finish(self) -> None:
@@ -109,9 +107,7 @@ class WandbSink:
             time.sleep(POLL_S)
         if process.poll() is None:
             hint = SYNC_HINT.format(folder=self._folder)
-            self._report(
-                f"did not finish in {self._config.wandb_finish_timeout_s:g} s and was ended; {hint}"
-            )
+            self._report(f"did not finish in {self._config.wandb_finish_timeout_s:g} s and was ended; {hint}")
         with contextlib.suppress(OSError):
             os.killpg(process.pid, signal.SIGKILL)  # W&B's service too, if it is still there
         process.wait()

@@ -1,0 +1,235 @@
+"""The bars and tables of the report, as plain values that the template only lays out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmtrain.planner.laws import Interval
+from llmtrain.tracking.run_data import Attempt, RunData, as_number, median_of, present_values
+from llmtrain.units import format_bytes, format_count, format_duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One horizontal bar. `begin` and `end` are shares of the full width."""
+
+    label: str
+    style: str
+    begin: float
+    end: float
+    figures: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One row of plan beside measured. low, mid, high and at are positions, as shares of the drawn range."""
+
+    name: str
+    what: str
+    predicted: str
+    measured: str
+    verdict: str
+    level: str
+    low: float
+    mid: float
+    high: float
+    at: float | None
+
+
+def compression_bars(run: RunData) -> list[Bar]:
+    """Bits per byte of the model and of two compressors, on one scale from 0."""
+    if not run.evaluated("bits_per_byte"):
+        return []
+    named = (
+        ("this model", "bits_per_byte", "model"),
+        ("xz −9", "xz_bits_per_byte", "rival"),
+        ("gzip −9", "gzip_bits_per_byte", "rival"),
+    )
+    found = [(label, bits, style) for label, key, style in named if (bits := run.evaluated(key)) is not None]
+    longest = max(bits for _, bits, _ in found)
+    return [
+        Bar(label=label, style=style, begin=0.0, end=bits / longest, figures=[f"{bits:.3f}"])
+        for label, bits, style in found
+    ]
+
+
+def funnel_of(run: RunData) -> list[Bar]:
+    """A bar for what was read, one for each reason to drop, one for what was kept. Widths are documents."""
+    passes = run.manifest.funnel if run.manifest is not None else []
+    first = _count(passes[0], "documents", "in") if passes else None
+    if not first:
+        return []
+    bars = [Bar(label="read", style="in", begin=0.0, end=1.0, figures=_figures(passes[0], "in", first))]
+    for entry in passes:
+        left = _count(entry, "documents", "in") or 0.0
+        dropped = {
+            reason: _count(entry, "documents", reason) or 0.0
+            for measure in ("documents", "bytes")
+            for reason in (entry.get(measure) or {}).get("dropped") or {}
+        }
+        for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
+            bars.append(
+                Bar(
+                    label=f"{entry.get('pass') or entry.get('name')}: {reason.replace('_', ' ')}",
+                    style="dropped",
+                    begin=(left - count) / first,
+                    end=left / first,
+                    figures=_figures(entry, reason, first),
+                )
+            )
+            left -= count
+    kept = _count(passes[-1], "documents", "kept") or 0.0
+    figures = _figures(passes[-1], "kept", first)
+    return [*bars, Bar(label="kept", style="kept", begin=0.0, end=kept / first, figures=figures)]
+
+
+def _count(entry: Mapping[str, Any], measure: str, what: str) -> float | None:
+    """documents, bytes or tokens that came in, were kept, or were dropped for the reason `what`."""
+    counts = entry.get(measure) or {}
+    return as_number(counts.get(what) if what in ("in", "kept") else (counts.get("dropped") or {}).get(what))
+
+
+def _figures(entry: Mapping[str, Any], what: str, all_documents: float) -> list[str]:
+    """Share of the documents, documents, bytes, tokens."""
+    documents, size, tokens = (_count(entry, measure, what) for measure in ("documents", "bytes", "tokens"))
+    return [
+        f"{documents / all_documents:.1%}" if documents is not None else "–",
+        f"{documents:,.0f}" if documents is not None else "–",
+        format_bytes(size) if size is not None else "–",
+        format_count(tokens) if tokens is not None else "–",
+    ]
+
+
+def evaluation_rows(run: RunData) -> list[tuple[str, str, str]]:
+    """(what, value, meaning) of everything `llmtrain evaluate` measured."""
+    wanted = (
+        ("Loss", "held_out_loss", ".4f", "nats per token"),
+        ("Perplexity", "perplexity", ".5g", "exp of the loss"),
+        ("Bits per byte", "bits_per_byte", ".4f", "of the held-out text, whatever the tokenizer"),
+        ("gzip −9", "gzip_bits_per_byte", ".4f", "bits per byte of the same text"),
+        ("xz −9", "xz_bits_per_byte", ".4f", "bits per byte of the same text"),
+        ("Targets", "num_targets", ",.0f", "tokens that were predicted"),
+        ("Text", "text_bytes", ",.0f", "bytes of UTF-8"),
+        ("Checkpoint", "step", ",.0f", "steps"),
+    )
+    return [
+        (name, format(value, form), meaning)
+        for name, key, form, meaning in wanted
+        if (value := run.evaluated(key)) is not None
+    ]
+
+
+def comparisons_of(run: RunData) -> list[Comparison]:
+    """Predicted intervals beside what was measured; empty without a plan."""
+    if run.prediction is None:
+        return []
+    predicted, settled = run.prediction, run.settled()
+    spent_s = sum(present_values(run.of_kind("step"), "step_s")) or None
+    return [
+        comparison("Step time", "median", predicted.step_s, median_of(settled, "step_s"), format_duration),
+        comparison(
+            "Tokens per second",
+            "median",
+            predicted.tokens_per_s,
+            median_of(settled, "tokens_per_s"),
+            format_count,
+        ),
+        comparison("Time of all steps", "sum", predicted.total_s, spent_s, format_duration),
+        comparison(
+            "Held-out loss", "nats per token", predicted.loss, run.held_out_loss(), lambda nats: f"{nats:.3f}"
+        ),
+    ]
+
+
+def comparison(
+    name: str, what: str, interval: Interval, measured: float | None, form: Callable[[float], str]
+) -> Comparison:
+    """Hold `measured` against `interval`, and lay both out on one line."""
+    ends = [interval.low, interval.high, *([] if measured is None else [measured])]
+    pad = (max(ends) - min(ends)) * 0.08 or abs(max(ends)) * 0.08 or 1.0
+    left, width = min(ends) - pad, max(ends) - min(ends) + 2 * pad
+    if measured is None:
+        verdict, level = "not measured", "info"
+    elif measured < interval.low:
+        verdict, level = _outside(interval.low, measured, "below"), "warn"
+    elif measured > interval.high:
+        verdict, level = _outside(measured, interval.high, "above"), "warn"
+    else:
+        verdict, level = "inside", "good"
+    return Comparison(
+        name=name,
+        what=what,
+        predicted=f"{form(interval.low)} – {form(interval.high)}",
+        measured=form(measured) if measured is not None else "–",
+        verdict=verdict,
+        level=level,
+        low=(interval.low - left) / width,
+        mid=(interval.mid - left) / width,
+        high=(interval.high - left) / width,
+        at=(measured - left) / width if measured is not None else None,
+    )
+
+
+def _outside(larger: float, smaller: float, side: str) -> str:
+    """'12% below', or '3.4 times above' for what is far off."""
+    if smaller <= 0 or larger >= 2 * smaller:
+        return f"{larger / smaller:.2g} times {side}" if smaller > 0 else side
+    share = larger / smaller - 1 if side == "above" else 1 - smaller / larger
+    return f"{share:.0%} {side}"
+
+
+def attempt_row(run: RunData, attempt: Attempt) -> dict[str, str]:
+    ending = attempt.ending
+    if ending is None:
+        end = "no end recorded" if attempt is run.attempts[-1] else "killed"
+    elif ending["what"] == "stopped":
+        end = f"stopped by {ending.get('signal', 'a signal')}"
+    else:
+        end = str(ending["what"])
+    commit = str(attempt.facts.get("git_commit") or "–")[:10]
+    return {
+        "number": str(attempt.number),
+        "began": clock(attempt.began).removesuffix(" UTC"),
+        "steps": f"{attempt.begin_step:,} → {attempt.last_step:,}",
+        "time": format_duration(attempt.ended - attempt.began),
+        "end": end,
+        "host": str(attempt.facts.get("host", "–")),
+        "ranks": str(attempt.facts.get("world_size", "–")),
+        "commit": f"{commit} + changes" if attempt.facts.get("git_dirty") else commit,
+        "command": str(attempt.facts.get("command_line", "–")),
+    }
+
+
+def sample_of(sample: Mapping[str, Any]) -> dict[str, str]:
+    """Prompt, continuation and how it was drawn. A text that repeats its prompt loses it."""
+    settings = [
+        f"{name.replace('_', '-')} {value:g}"
+        for name in ("temperature", "top_k", "top_p", "step")
+        if (value := as_number(sample.get(name))) is not None
+    ]
+    text = str(sample["text"]).removeprefix(str(sample["prompt"]))
+    return {"prompt": str(sample["prompt"]), "text": text, "settings": " · ".join(settings)}
+
+
+def versions_of(run: RunData) -> list[tuple[str, str]]:
+    """Versions and machine of the last attempt."""
+    facts = run.attempts[-1].facts if run.attempts else {}
+    memory_bytes, peak = as_number(facts.get("memory_bytes")), run.setting("train", "device_peak_tflops")
+    source = run.setting("train", "device_peak_source")
+    named = [
+        ("python", facts.get("python")),
+        *sorted((facts.get("versions") or {}).items()),
+        ("platform", facts.get("platform")),
+        ("cpu", facts.get("cpu")),
+        ("cores", facts.get("num_cpus")),
+        ("memory", format_bytes(memory_bytes) if memory_bytes else None),
+        ("device peak", f"{peak:g} TFLOP/s, {source}" if as_number(peak) is not None else None),
+    ]
+    return [(name, str(value)) for name, value in named if value is not None]
+
+
+def clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
