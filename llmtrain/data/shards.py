@@ -179,7 +179,8 @@ class ShardReader:
         for path in (bin_path, idx_path):
             if not path.is_file():
                 raise DataError(f"{path} is missing; run `llmtrain data` again, or restore the file")
-        header = idx_path.open("rb").read(IDX_HEADER_BYTES)
+        with open(idx_path, "rb") as handle:
+            header = handle.read(IDX_HEADER_BYTES)
         if len(header) < IDX_HEADER_BYTES or not header.startswith(IDX_MAGIC):
             raise DataError(
                 f"{idx_path} is not a shard index: it begins with {header[:9]!r}, not {IDX_MAGIC!r}"
