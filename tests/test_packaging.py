@@ -1,0 +1,122 @@
+"""The wheel: built without the network, and planning from it with only numpy and hydra-core installed."""
+
+import importlib.metadata
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+
+pytest.importorskip("hatchling", reason="the wheel is built with hatchling")
+
+PLANNERS_WORLD = ("numpy", "hydra-core", "omegaconf", "antlr4-python3-runtime", "PyYAML", "packaging")
+"""numpy, and hydra-core with what it requires."""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--quiet",
+    ]
+    subprocess.run([*command, "--wheel-dir", folder, PROJECT], check=True, capture_output=True, timeout=120)
+    (built,) = folder.glob("llmtrain-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def planners_python(wheel, tmp_path_factory):
+    """The interpreter of a fresh environment with the wheel, numpy and hydra-core, and nothing else.
+
+    The two are linked from the environment of this test, file by file as their records list them, so that no
+    network is needed and no neighbour of theirs slips in.
+    """
+    root = tmp_path_factory.mktemp("venv")
+    venv.create(root, with_pip=False, symlinks=True)
+    (site_packages,) = root.glob("lib/python*/site-packages")
+    for distribution in PLANNERS_WORLD:
+        link_distribution(distribution, site_packages)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        root / "bin" / "python",
+        "install",
+        "--no-deps",
+        "--no-index",
+    ]
+    subprocess.run([*command, "--quiet", wheel], check=True, capture_output=True, timeout=120)
+    return root / "bin" / "python"
+
+
+def link_distribution(name, site_packages):
+    files = importlib.metadata.files(name)
+    assert files, f"{name} has no record of its files"
+    for file in files:
+        if ".." in file.parts or file.suffix == ".pyc":  # console scripts, and caches
+            continue
+        target = site_packages / Path(*file.parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(Path(file.locate()).resolve())
+
+
+def test_the_wheel_holds_conf_and_the_planners_tables(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (PROJECT / "conf").rglob("*.yaml"):
+        assert f"llmtrain/{path.relative_to(PROJECT).as_posix()}" in names
+    assert "llmtrain/planner/tables/besiroglu_bootstrap.csv" in names
+    assert "llmtrain/planner/tables/chinchilla_runs.csv" in names
+
+
+def test_the_wheel_holds_the_whole_package_and_its_licence(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (PROJECT / "llmtrain").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert path.relative_to(PROJECT).as_posix() in names
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+    assert not any(name.startswith(("tests/", "docs/", "conf/")) for name in names)
+
+
+def test_the_wheel_brings_the_console_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        assert "llmtrain = llmtrain.cli.main:main" in archive.read(entry_points).decode()
+
+
+def test_plan_runs_from_another_folder_with_only_numpy_and_hydra(planners_python, tmp_path):
+    command = [planners_python.with_name("llmtrain"), "plan", "budget.device_hours=0.1", "hardware=h100_sxm"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0.1 device-hours x 3600 s x 989.5 TFLOP/s" in done.stdout
+    assert "WHAT THE LAWS WOULD TRAIN" in done.stdout
+    assert (tmp_path / "plans/experiment/planned.yaml").is_file()
+    assert (tmp_path / "plans/planned.plan.json").is_file()
+
+
+def test_nothing_else_is_installed_there(planners_python):
+    program = "import importlib.metadata as m; print(*sorted(d.name for d in m.distributions()), sep='\\n')"
+    done = subprocess.run([planners_python, "-c", program], capture_output=True, text=True, check=True)
+    assert {name.lower() for name in done.stdout.split()} == {
+        "llmtrain",
+        *(name.lower() for name in PLANNERS_WORLD),
+    }
+
+
+def test_conf_is_found_inside_the_installed_package(planners_python, tmp_path):
+    program = "from llmtrain.cli.compose import conf_folder; print(conf_folder())"
+    done = subprocess.run(
+        [planners_python, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("site-packages/llmtrain/conf")
