@@ -1,8 +1,8 @@
 """Causal attention inside documents, with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
 
-A row holds several documents, and a token sees the earlier tokens of its own one only. `visible` says who sees whom; it
-is built once per forward and shared by all blocks. J stands for the keys' positions: S of this call, or those of the
-cache as well.
+A row holds several documents, and a token sees the earlier tokens of its own one only. A boolean mask says
+who sees whom; it is built once per forward and shared by all blocks. J stands for the positions of the keys:
+S of this call, or those of the cache as well.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def visible_within_documents(segments_BS: Tensor) -> Tensor:
 
 
 def visible_after(num_past: int, num_new: int, device: torch.device) -> Tensor | None:
-    """Boolean [S, J] for `num_new` queries that follow `num_past` cached keys; None when a query sees all of them."""
+    """Boolean [S, J] for `num_new` queries that follow `num_past` cached keys; None when they see all."""
     if num_new == 1:
         return None
     everything = torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=device)

@@ -9,7 +9,8 @@ from llmtrain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Sizes of a decoder with RoPE, RMSNorm, SwiGLU and grouped-query attention (Touvron et al. 2023, arXiv:2302.13971)."""
+    """Sizes of a decoder with RoPE, RMSNorm, SwiGLU and grouped-query attention (LLaMA: Touvron et al. 2023,
+    arXiv:2302.13971)."""
 
     vocab_size: int
     """Rows of the embedding. At least the tokenizer's vocabulary; more is padding that no target names."""
@@ -29,8 +30,8 @@ class ModelConfig:
     """Base of the rotary frequencies (Su et al. 2021, arXiv:2104.09864)."""
     norm_eps: float = 1e-5
     init_std: float = 0.02
-    """Standard deviation of initial weights; projections into the residual stream get init_std / sqrt(2 * num_layers)
-    (Radford et al. 2019, section 2.3)."""
+    """Standard deviation of initial weights; projections into the residual stream get
+    init_std / sqrt(2 * num_layers) (Radford et al. 2019, section 2.3)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "ffn_width"):
@@ -43,7 +44,8 @@ class ModelConfig:
             )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}; "
+                f"model.num_heads={self.num_heads} is not a multiple of "
+                f"model.num_kv_heads={self.num_kv_heads}; "
                 f"each key/value head serves a whole group of query heads"
             )
         if self.width_per_head % 2:

@@ -1,7 +1,7 @@
 """Initial weights, each from its own random stream: the same on every layout, whichever ranks hold them.
 
-Normal with `init_std`; the projections that write into the residual stream (wo, w_down) get init_std / sqrt(2 L), since
-2 L of them add up there (Radford et al. 2019, section 2.3). Norms start at 1.
+Normal with `init_std`; the projections that write into the residual stream (wo, w_down) get
+init_std / sqrt(2 L), since 2 L of them add up there (Radford et al. 2019, section 2.3). Norms start at 1.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def initial_weight(name: str, numel: int, cfg: ModelConfig, seed: int) -> NDArra
 
 
 def init_weights(model: nn.Module, cfg: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` in place. A part of a model gets the same values as it has in the whole, as long
-    as its parameters carry their canonical names.
+    """Fill every parameter of `model` in place, after `to_empty` as well.
+
+    A part of a model gets the values it has in the whole, when its parameters have their canonical names.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():

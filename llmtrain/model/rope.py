@@ -1,7 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in the half-split layout of Hugging Face's LLaMA.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in Hugging Face's half-split layout.
 
-Dimension i of a head turns together with dimension i + K/2. (Meta's own LLaMA files pair 2i with 2i + 1; their weights
-need a permutation of each head's rows first.)
+Dimension i of a head turns together with dimension i + K/2. (Meta's own LLaMA files pair 2i with 2i + 1;
+their weights need a permutation of each head's rows first.)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's angles, [B, S, 1, K/2]: made once per forward, used by every block."""
+    """Cosine and sine of every position's angles, [B, S, 1, K/2]: made once per forward, for all blocks."""
 
     cos: Tensor
     sin: Tensor
@@ -43,7 +43,7 @@ def _turn(x_BSHK: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """A rotation's gradient is the rotation back, so nothing of x is kept, and each way is four half-width passes."""
+    """A rotation's gradient is the rotation back: nothing of x is kept, and each way is four half passes."""
 
     @staticmethod
     def forward(ctx: Any, x_BSHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

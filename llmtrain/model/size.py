@@ -1,9 +1,9 @@
-"""What a shape costs: parameters, FLOPs, bytes of training state. Pure arithmetic; the planner and the trainer share it.
+"""What a shape costs: parameters, FLOPs, bytes of training state. For the planner and the trainer alike.
 
-A FLOP is half a multiply-add. Only matrix products count: norms, activations and softmax are left out, as they are in
-every published MFU. N below is the weights that a token is multiplied with: all but the input embedding, with the head,
-and with norms (under 0.1% of N, kept because the papers keep them). Tied weights count once as parameters, and once, as the
-head, in N.
+A multiply-add is two FLOPs. Only matrix products count: activations and softmax are left out, as they are in
+every published MFU. N below is the weights that a token is multiplied with: all but the input embedding, with
+the head, and with the norms (under 0.1% of N, kept because the papers keep them). Tied weights count once as
+parameters, and once, as the head, in N.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from llmtrain.errors import ConfigError, unknown_name
 from llmtrain.model.config import ModelConfig
 
-FLOPS_CONVENTIONS = ("palm", "causal", "counter")
+FLOPS_CONVENTIONS = ("palm", "causal", "fused")
 
 
 def num_params_by_part(cfg: ModelConfig) -> dict[str, int]:
@@ -33,7 +33,7 @@ def num_params(cfg: ModelConfig) -> int:
 
 
 def num_non_embedding_params(cfg: ModelConfig) -> int:
-    """Parameters without the input embedding and without the head: N of Kaplan et al. 2020 (arXiv:2001.08361)."""
+    """Parameters without input embedding and head: N of Kaplan et al. 2020 (arXiv:2001.08361)."""
     parts = num_params_by_part(cfg)
     return parts["attention"] + parts["mlp"] + parts["norm"]
 
@@ -46,28 +46,30 @@ def num_multiplied_params(cfg: ModelConfig) -> int:
 def flops_per_token(cfg: ModelConfig, seq_len: int, *, convention: str = "palm") -> int:
     """FLOPs of forward and backward for one token of a row of `seq_len` tokens.
 
-    palm     6 N + 12 L H K S: every query meets every key (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
-             Most published MFUs are of this kind.
+    palm     6 N + 12 L H K S: every query meets every key (Chowdhery et al. 2022, arXiv:2204.02311, appendix
+             B). Most published MFUs are of this kind. `torch.utils.flop_counter` counts this when attention
+             runs unfused (SDPBackend.MATH).
     causal   6 N + 6 L H K S: only the half of the scores that a causal mask leaves.
-    counter  6 N + 14 L H K S: what `torch.utils.flop_counter` counts, whole scores, which fused attention computes once
-             more in its backward pass. It is the hardware's work, so it belongs to HFU and not to MFU.
+    fused    6 N + 14 L H K S: every query meets every key, and once more in the backward pass of fused
+             attention, which keeps no scores. `torch.utils.flop_counter` counts this on CUDA. It is the
+             hardware's work: good for HFU, too much for MFU.
     """
     if convention not in FLOPS_CONVENTIONS:
         raise ConfigError(unknown_name("FLOPs convention", convention, FLOPS_CONVENTIONS))
-    attention_products = {"palm": 12, "causal": 6, "counter": 14}[convention]
+    attention_products = {"palm": 12, "causal": 6, "fused": 14}[convention]
     attention = attention_products * cfg.num_layers * cfg.num_heads * cfg.width_per_head * seq_len
     return 6 * num_multiplied_params(cfg) + attention
 
 
 STATE_BYTES_PER_PARAM = {"fp32": (4, 4, 8), "bf16": (2, 2, 12)}
-"""(weight, gradient, optimizer) bytes a parameter under AdamW: two fp32 moments, and with bf16 weights an fp32 master
-copy beside them (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1: 2 + 2 + 12)."""
+"""(weight, gradient, optimizer) bytes a parameter under AdamW: two fp32 moments, and with bf16 weights an
+fp32 master copy beside them (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1: 2 + 2 + 12)."""
 
 
 def training_state_bytes(
     cfg: ModelConfig, *, precision: str, zero_stage: int, dp_size: int
 ) -> dict[str, float]:
-    """Bytes of weights, gradients and optimizer state on one of `dp_size` ranks; buffers and activations not included.
+    """Bytes of weights, gradients and optimizer state on one rank, without buffers or activations.
 
     ZeRO 1 divides the optimizer state by `dp_size`, 2 the gradients too, 3 the weights too (ZeRO, figure 1).
     """

@@ -1,6 +1,4 @@
-"""The decoder: embedding, blocks, norm, head. It holds no buffers, so a model built on the meta device needs only its
-weights, and `init_weights` gives them.
-"""
+"""The decoder: embedding, blocks, norm, head. No buffers: built on the meta device, it needs only weights."""
 
 from __future__ import annotations
 
@@ -42,7 +40,7 @@ class Transformer(nn.Module):
             positions_BS: place of each token in its document, from 0.
             segments_BS: equal numbers mark the tokens of one document; None when every row is one document.
             targets_BS: the next token of each token, or -100 where there is none.
-            cache: keys and values of the tokens before these; this call's are added to it. One document a row.
+            cache: keys and values of the tokens before these; this call's are added to it.
 
         Returns:
             Logits in the weights' dtype; or the sum over all valid targets, in nats, as an fp32 scalar.
