@@ -53,14 +53,14 @@ def run_verb(name: str, schema: type[Root], function: Callable[[Root], None]) ->
         try:
             function(to_dataclass(composed, schema))
         except LLMTrainError as error:  # here, where Hydra has not added its own text yet
-            _fail(str(error))
+            fail(str(error))
 
     try:
         compose_and_run()
     except HydraException as error:
-        _fail(_explain_hydra(error))
+        fail(_explain_hydra(error))
     except OmegaConfBaseException as error:
-        _fail(_explain_omegaconf(error))
+        fail(_explain_omegaconf(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -72,9 +72,22 @@ def to_dataclass(composed: DictConfig, schema: type[Root]) -> Root:
         raise ConfigError(
             f"no value for {', '.join(missing)}; give it on the command line, as in {missing[0]}=VALUE"
         )
+    _refuse_unknown(composed, prefix="")
     config = OmegaConf.to_object(composed)
     assert isinstance(config, schema), f"composed a {type(config).__name__}, not a {schema.__name__}"
     return config
+
+
+def _refuse_unknown(node: DictConfig, *, prefix: str) -> None:
+    """Raise on a key that no dataclass has: `+group.key=value` gets past OmegaConf's own check."""
+    owner = OmegaConf.get_type(node)
+    known = {field.name for field in fields(owner)} if owner is not None and is_dataclass(owner) else None
+    for key in node:
+        if known is not None and key not in known:
+            raise ConfigError(unknown_name("setting", f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
+        inner = node._get_node(key)
+        if isinstance(inner, DictConfig) and not inner._is_none():
+            _refuse_unknown(inner, prefix=f"{prefix}{key}.")
 
 
 def sweep_folder() -> Path | None:
@@ -89,7 +102,8 @@ def task_overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _fail(message: str) -> None:
+def fail(message: str) -> None:
+    """Print one line and end the process as a mistake of the user."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_USER_ERROR)
 

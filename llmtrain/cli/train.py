@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 from dataclasses import replace
 
 import yaml
 
 from llmtrain import files
-from llmtrain.cli.compose import run_verb, sweep_folder
-from llmtrain.log import world_size
+from llmtrain.cli.compose import fail, run_verb, sweep_folder
+from llmtrain.errors import LLMTrainError
+from llmtrain.log import setup_logging, world_size
 from llmtrain.train.check import check_train
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.start_up import StartUp
@@ -20,12 +22,33 @@ def main() -> None:
 
 
 def run(cfg: TrainRoot) -> None:
-    start_up = StartUp()
-    if folder := sweep_folder():  # each job of a --multirun gets its own
+    folder = sweep_folder()
+    if folder is not None:
         cfg = replace(cfg, run=replace(cfg.run, folder=str(folder)))
     if cfg.check_only:
         report_check(cfg)
-        return
+    elif folder is not None:
+        # A job of a --multirun gets a process: DeepSpeed keeps its groups in globals, so one cannot start it twice.
+        job = multiprocessing.get_context("spawn").Process(target=run_job, args=(cfg,))
+        job.start()
+        job.join()
+        if job.exitcode:
+            sys.exit(job.exitcode)
+    else:
+        start_training(cfg)
+
+
+def run_job(cfg: TrainRoot) -> None:
+    """Be one job of a --multirun."""
+    setup_logging()
+    try:
+        start_training(cfg)
+    except LLMTrainError as error:
+        fail(str(error))
+
+
+def start_training(cfg: TrainRoot) -> None:
+    start_up = StartUp()
     start_up.mark("Python and Hydra")
     import torch  # noqa: F401, PLC0415  a login node's check_only=true must not pay for it
 

@@ -28,11 +28,11 @@ from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.train.check import check_train
-from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint, save_checkpoint
+from llmtrain.train.checkpoint import CheckpointReader, save_checkpoint
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.engine import Engine, FlatSource, build_context, init_ranks
 from llmtrain.train.loop import Progress, StopSignal, train
-from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from
+from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
 
 log = logging.getLogger(__name__)
@@ -134,16 +134,9 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
         log.warning("%s", warning)
     manifest = read_manifest(Path(cfg.data.folder))
     verify(Path(cfg.data.folder), manifest, content=cfg.data.verify_shards)
-    path = checkpoint_to_start_from(cfg.run)
-    if path is not None and cfg.run.intent is Intent.warm_start:
-        CheckpointReader(path).verify()
-    elif path is not None:
-        path = newest_checkpoint(
-            folder.checkpoints
-        )  # whose hashes hold; damaged ones are reported on the way
     return Start(
         attempt=next_attempt(folder.metrics),
-        checkpoint=None if path is None else str(path),
+        checkpoint=None if found.checkpoint is None else str(found.checkpoint),
         manifest_hash=manifest.hash(),
     )
 

@@ -58,6 +58,8 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     """What the run will be, with the sums behind it."""
+    checkpoint: Path | None = None
+    """Where the run would start from; None for fresh weights."""
 
     def raise_if_any(self) -> None:
         if self.problems:
@@ -170,7 +172,7 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> 
             f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
         )
     try:
-        path = checkpoint_to_start_from(cfg.run)
+        path = found.checkpoint = checkpoint_to_start_from(cfg.run, verify=not cfg.check_only)
         if path is None:
             found.facts.append("start: fresh weights, step 0")
             return
@@ -183,7 +185,7 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> 
         found.problems.extend(_shape_problems(cfg, reader))
         return
     found.facts.append(f"start: step {reader.step} from {path}")
-    fixed, changed = compare_to_checkpoint(cfg, reader.state)
+    fixed, changed = compare_to_checkpoint(cfg, reader)
     found.problems.extend(fixed)
     found.warnings.extend(changed)
     if manifest is not None and manifest.hash() != reader.state["manifest_hash"]:
@@ -204,9 +206,9 @@ def _shape_problems(cfg: TrainRoot, reader: CheckpointReader) -> Iterator[str]:
             )
 
 
-def compare_to_checkpoint(cfg: TrainRoot, state: dict[str, Any]) -> tuple[list[str], list[str]]:
+def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[list[str], list[str]]:
     """(changes that a resume refuses, changes that it allows and reports), each a sentence."""
-    old, new = _flatten(state["config"]), _flatten(files.plain(cfg))
+    old, new = _flatten(reader.state["config"]), _flatten(files.plain(cfg))
     fixed, changed = [], []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
@@ -214,7 +216,7 @@ def compare_to_checkpoint(cfg: TrainRoot, state: dict[str, Any]) -> tuple[list[s
             continue
         if _under(name, FIXED_BY_CHECKPOINT):
             fixed.append(
-                f"{name}={after}, but step {state['step']} was trained with {before}; a resume cannot change it"
+                f"{name}={after}, but step {reader.step} was trained with {before}; a resume cannot change it"
             )
         else:
             changed.append(

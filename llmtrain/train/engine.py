@@ -64,9 +64,8 @@ def init_ranks(*, timeout_s: float) -> torch.device:
     if device.type == "cpu":
         # Without this DeepSpeed compiles a shared-memory all-reduce with g++ at the first start of every machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
     if "WORLD_SIZE" not in os.environ:
-        for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-            os.environ[name] = value
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         at = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"

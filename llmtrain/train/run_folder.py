@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.errors import CheckpointError, ConfigError
-from llmtrain.train.checkpoint import checkpoint_path, list_checkpoints
+from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
 from llmtrain.train.config import Intent, RunConfig
 
 
@@ -36,35 +36,42 @@ class RunFolder:
         return self.metrics.exists() or self.checkpoints.exists()
 
 
-def checkpoint_to_start_from(cfg: RunConfig) -> Path | None:
-    """The checkpoint that the intent asks for, or None to start from fresh weights. Hashes are not compared yet.
+def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
+    """The checkpoint that the intent asks for, or None to start from fresh weights.
+
+    A damaged one is reported, and for a resume the newest whole one before it is taken.
+
+    Args:
+        verify: Whether to read the tensors and compare their hashes, not only marker, manifest and sizes.
 
     Raises:
         ConfigError: fresh or warm_start over a folder that holds a run.
-        CheckpointError: resume or warm_start without a checkpoint.
+        CheckpointError: resume or warm_start without a checkpoint that is whole.
     """
     folder = RunFolder(Path(cfg.folder))
     if cfg.intent in (Intent.fresh, Intent.warm_start) and folder.holds_a_run():
         raise ConfigError(
-            f"run.intent={cfg.intent.name}, but {folder.path} holds a run already; set run.intent=resume to continue "
-            f"it, or choose another run.name"
+            f"run.intent={cfg.intent.name}, but {folder.path} holds a run already; set run.intent=resume to "
+            f"continue it, or choose another run.name"
         )
     if cfg.intent is Intent.fresh:
         return None
     source = folder.checkpoints
     if cfg.intent is Intent.warm_start:
         assert cfg.init_from is not None, "checked by RunConfig"
-        given = Path(cfg.init_from)
-        source = given / "checkpoints" if (given / "checkpoints").is_dir() else given
-        if source.name.startswith("step-"):
+        source = Path(cfg.init_from)
+        if (source / "checkpoints").is_dir():
+            source = source / "checkpoints"
+        elif source.name.startswith("step-"):
+            reader = CheckpointReader(source)
+            if verify:
+                reader.verify()
             return source
-    steps = list_checkpoints(source) if source.is_dir() else []
-    if steps:
-        return checkpoint_path(source, steps[-1])
-    if cfg.intent is Intent.fresh_or_resume:
-        return None
-    where = "run.init_from" if cfg.intent is Intent.warm_start else "run.folder"
-    raise CheckpointError(
-        f"run.intent={cfg.intent.name}, but there is no finished checkpoint in {source}; check {where}, "
-        f"or set run.intent=fresh to start anew"
-    )
+    newest = newest_checkpoint(source, verify=verify) if source.is_dir() else None
+    if newest is None and cfg.intent is not Intent.fresh_or_resume:
+        where = "run.init_from" if cfg.intent is Intent.warm_start else "run.folder"
+        raise CheckpointError(
+            f"run.intent={cfg.intent.name}, but there is no finished checkpoint in {source}; check {where}, "
+            f"or set run.intent=fresh to start anew"
+        )
+    return newest

@@ -75,6 +75,12 @@ class Launcher:
         self._context = multiprocessing.get_context("forkserver")
         self._folder = folder
         self._count = 0
+        self._runs: list[Run] = []
+
+    def close(self) -> None:
+        """Leave no process behind, whatever a test did."""
+        for run in self._runs:
+            run.kill()
 
     def start(self, arguments: Sequence[str], *, num_ranks: int = 1, **environment: str) -> Run:
         self._count += 1
@@ -82,11 +88,12 @@ class Launcher:
         if num_ranks > 1:
             shared |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         run = Run([], [])
+        self._runs.append(run)
         for rank in range(num_ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             output = self._folder / f"{self._count}-{rank}.txt"
             process = self._context.Process(
-                target=_be_a_rank, args=(list(arguments), shared | own | environment, str(output)), daemon=True
+                target=_be_a_rank, args=(list(arguments), shared | own | environment, str(output)), daemon=False
             )
             process.start()
             run.processes.append(process)
@@ -105,7 +112,9 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     os.environ["DS_ACCELERATOR"] = "cpu"
     slow_to_import = ["llmtrain.train.assemble", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(slow_to_import)
-    yield Launcher(tmp_path_factory.mktemp("output"))
+    launcher = Launcher(tmp_path_factory.mktemp("output"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")

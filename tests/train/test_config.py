@@ -1,0 +1,54 @@
+"""Settings that cannot be right are refused with their value and a way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llmtrain.errors import ConfigError
+from llmtrain.train.config import Intent, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+
+TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_batch_rows": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"total_tokens": 0}, "train.total_tokens=0 must be at least 1"),
+        ({"keep_checkpoints": 0}, "train.keep_checkpoints=0 must be at least 1"),
+        ({"micro_batch_rows": 3}, "train.global_batch_rows=4 is not a multiple of train.micro_batch_rows=3"),
+        ({"eval_every_steps": -1}, "train.eval_every_steps=-1 and train.grad_clip=1.0 must not be negative"),
+        ({"eval_rows": 0}, "train.eval_rows=0 must be at least 1, or null for all"),
+        ({"process_group_timeout_s": 0.0}, "train.process_group_timeout_s=0.0 must be above 0"),
+        ({"device_peak_tflops": 1.0}, "give both, or neither"),
+    ],
+)
+def test_train_config_says_what_is_wrong(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        TrainConfig(**(TRAIN | changed))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peak_lr": 0.0}, "need optimizer.peak_lr > 0"),
+        ({"peak_lr": 1.0, "beta2": 1.0}, r"optimizer.beta2=1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_optimizer_config_says_what_is_wrong(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OptimizerConfig(**settings)
+
+
+def test_schedule_config_says_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="wsd needs decay_tokens, and cosine has none"):
+        ScheduleConfig(decay_tokens=5)
+    with pytest.raises(ConfigError, match="0 <= schedule.floor_ratio <= 1"):
+        ScheduleConfig(floor_ratio=2.0)
+
+
+def test_init_from_belongs_to_a_warm_start() -> None:
+    with pytest.raises(ConfigError, match="warm_start needs init_from, and nothing else takes it"):
+        RunConfig(name="a", folder="b", init_from="c")
+    RunConfig(name="a", folder="b", init_from="c", intent=Intent.warm_start)

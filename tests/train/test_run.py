@@ -1,0 +1,149 @@
+"""What a run does when something goes wrong while it runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from data_folder import train_arguments, write_data_folder
+
+from llmtrain.cli.compose import EXIT_USER_ERROR
+from llmtrain.files import FolderLock
+from llmtrain.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from conftest import Finished, Launcher
+
+
+def test_a_run_records_its_config_commit_versions_and_command(finished: Finished) -> None:
+    attempt = json.loads((finished.folder / "run.json").read_text())["attempts"][0]
+    assert {"git_commit", "versions", "command_line", "host", "world_size"} <= attempt.keys()
+    assert attempt["versions"]["torch"]
+    assert "peak_lr: 0.01" in (finished.folder / "config.yaml").read_text()
+
+
+def test_every_step_is_recorded_once_with_its_units(finished: Finished) -> None:
+    steps = [line for line in read_metrics(finished.folder / "metrics.jsonl") if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "data_wait_s", "mem_gib"} <= steps[0].keys()
+    assert "mfu" not in steps[0], "no peak was given: MFU must be left out"
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
+    assert [line["tokens"] for line in steps] == [256 * step for step in range(1, 13)]
+
+
+def test_mfu_is_told_when_a_peak_is_named(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    status, text = launcher.run(
+        train_arguments(
+            data,
+            tmp_path / "run",
+            "train.device_peak_tflops=0.1",
+            "train.device_peak_source=guess",
+            "train.total_tokens=512",
+        )
+    )
+    assert status == 0, text
+    step = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step")
+    assert 0 < step["mfu"] < 1
+
+
+def test_bf16_trains(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    status, text = launcher.run(train_arguments(data, tmp_path / "run", "train.precision=bf16"), num_ranks=2)
+    assert status == 0, text
+    last = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step"][-1]
+    assert last["loss"] < 3.2
+
+
+def test_a_wrong_world_size_is_refused(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    status, text = launcher.run(train_arguments(data, tmp_path / "run", "parallel.world_size=4"), num_ranks=2)
+    assert status == EXIT_USER_ERROR
+    assert text.count("parallel.world_size=4, but 2 ranks were launched") == 1, "one rank speaks for all"
+
+
+def test_a_taken_port_is_named(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        where = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        status, text = launcher.run(train_arguments(data, tmp_path / "run"), **where)
+    assert status == EXIT_USER_ERROR
+    assert f"the rendezvous port is in use: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" in text
+
+
+def test_ranks_that_never_come_are_named(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    where = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    arguments = train_arguments(data, tmp_path / "run", "train.process_group_timeout_s=2")
+    status, text = launcher.run(arguments, **where)
+    assert status == EXIT_USER_ERROR
+    assert "ranks could not meet at MASTER_ADDR=127.0.0.1" in text
+
+
+def test_a_second_run_in_the_same_folder_is_refused(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    with FolderLock(tmp_path / "run"):
+        status, text = launcher.run(train_arguments(data, tmp_path / "run"))
+    assert status == EXIT_USER_ERROR
+    assert "is being written by" in text
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(
+    launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    arguments = train_arguments(
+        data, tmp_path / "run", "optimizer.peak_lr=1e30", "train.grad_clip=0", "train.save_every_steps=1"
+    )
+    status, text = launcher.run(arguments)
+    assert status == EXIT_USER_ERROR
+    assert "resume with a lower optimizer.peak_lr" in text
+    events = [line.get("what") for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert "diverged" in events
+
+
+def damaged(finished: Finished, folder: Path) -> Path:
+    """Copy the finished run; return the rank file of its newest checkpoint."""
+    shutil.copytree(finished.folder, folder)
+    return folder / "checkpoints/step-00000012/rank-00000.bin"
+
+
+@pytest.mark.parametrize("how", ["flipped byte", "missing file"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(
+    finished: Finished, launcher: Launcher, tmp_path: Path, how: str
+) -> None:
+    piece = damaged(finished, tmp_path / "run")
+    if how == "missing file":
+        piece.unlink()
+    else:
+        content = bytearray(piece.read_bytes())
+        content[len(content) // 2] ^= 4
+        piece.write_bytes(content)
+    arguments = [*finished.arguments, f"run.folder={tmp_path / 'run'}", "run.intent=resume"]
+    status, text = launcher.run(arguments)
+    assert status == 0, text
+    assert str(piece) in text
+    assert "step 8, 64 rows consumed" in text
+
+
+def test_a_shard_that_changed_is_found_at_the_start(launcher: Launcher, tmp_path: Path) -> None:
+    data = write_data_folder(tmp_path / "data")
+    shard = data / "shards/test/train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    status, text = launcher.run(train_arguments(data, tmp_path / "run"), num_ranks=2)
+    assert status == EXIT_USER_ERROR
+    assert str(shard) in text
+
+
+def test_each_job_of_a_multirun_has_its_own_folder(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    arguments = train_arguments(data, tmp_path / "sweep", "train.total_tokens=512", "optimizer.peak_lr=0.01,0.001")
+    arguments = [argument for argument in arguments if argument != "optimizer.peak_lr=0.01"]
+    status, text = launcher.run([*arguments, "-m"])
+    assert status == 0, text
+    rates = [
+        next(line["lr"] for line in read_metrics(tmp_path / "sweep" / job / "metrics.jsonl") if line["kind"] == "step")
+        for job in ("0", "1")
+    ]
+    assert rates[0] == pytest.approx(10 * rates[1])
