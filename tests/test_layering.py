@@ -66,7 +66,7 @@ def sources():
 
 
 def imported_names(source):
-    """Every name that is imported, at any depth: `from a.b import c` is a.b.c; relative ones begin with a dot."""
+    """Every name imported at any depth; `from a.b import c` is a.b.c, and `from . import c` is ..c."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

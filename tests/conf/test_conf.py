@@ -1,0 +1,146 @@
+"""Every YAML of conf/ composes against its verb's schema, and Hydra's own switches work."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from llmtrain.cli.main import VERBS
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUP_OF_NO_DEFAULTS_LIST = {"experiment": "train"}
+"""Groups that a user adds with a plus sign, and the verb that takes them."""
+
+NEEDED = {  # what a user must type anyway
+    "plan": ["budget.device_hours=1"],
+    "train": ["run.name=x", "train.total_tokens=1", "train.global_batch_rows=1", "train.micro_batch_rows=1"],
+}
+NEEDED_BY_OPTION = {("hardware", "custom"): ["hardware.peak_tflops=1"]}
+
+
+def schema_of(verb):
+    """The root dataclass that the verb's main() hands to run_verb."""
+    module = importlib.import_module(f"llmtrain.cli.{verb}")
+    caught = []
+    original, module.run_verb = module.run_verb, lambda *arguments: caught.append(arguments)
+    arguments, sys.argv = sys.argv, [f"llmtrain {verb}"]
+    try:
+        module.main()
+    finally:
+        module.run_verb, sys.argv = original, arguments
+    ((name, schema, _),) = caught
+    assert name == verb
+    return schema
+
+
+def composed(verb, overrides):
+    ConfigStore.instance().store(name=f"{verb}_schema", node=schema_of(verb))
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return compose(config_name=verb, overrides=overrides)
+
+
+def groups_of(verb):
+    """Config groups in the verb's defaults list: `- hardware: this_machine` names hardware."""
+    defaults = yaml.safe_load((CONF / f"{verb}.yaml").read_text())["defaults"]
+    return {
+        group
+        for entry in defaults
+        if isinstance(entry, dict)
+        for group in entry
+        if not group.startswith("override ")
+    }
+
+
+def verbs_taking(group):
+    named = [verb for verb in VERBS if (CONF / f"{verb}.yaml").is_file() and group in groups_of(verb)]
+    return named or [GROUP_OF_NO_DEFAULTS_LIST[group]]
+
+
+def options():
+    return [
+        (path.relative_to(CONF).parent.as_posix(), path.stem)
+        for path in sorted(CONF.rglob("*.yaml"))
+        if path.parent != CONF
+    ]
+
+
+def hydra_verb(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "llmtrain.cli.main", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_every_verb_has_a_root_yaml_and_every_root_yaml_a_verb():
+    assert {path.stem for path in CONF.glob("*.yaml")} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_every_root_composes_without_a_key_that_its_schema_lacks(verb):
+    config = composed(verb, [])
+    assert OmegaConf.get_type(config) is schema_of(verb)
+
+
+@pytest.mark.parametrize(("group", "option"), options())
+def test_every_option_of_every_group_makes_a_valid_config(group, option):
+    for verb in verbs_taking(group):
+        sign = "" if group in groups_of(verb) else "+"
+        needed = [] if group == "experiment" else NEEDED.get(verb, [])
+        if verb == "train" and group != "experiment":
+            needed = [*needed, "optimizer.peak_lr=1e-3"]
+        config = composed(
+            verb, [f"{sign}{group}={option}", *needed, *NEEDED_BY_OPTION.get((group, option), [])]
+        )
+        missing = OmegaConf.missing_keys(config)
+        assert not missing, f"{group}={option} leaves {missing} open"
+        assert isinstance(OmegaConf.to_object(config), schema_of(verb))
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in CONF.glob("hardware/*.yaml")))
+def test_every_device_says_where_its_peak_and_its_utilization_come_from(option):
+    text = yaml.safe_load((CONF / "hardware" / f"{option}.yaml").read_text())
+    assert text["name"] == option
+    if option not in ("custom", "this_machine"):
+        assert text["peak_tflops"] > 0
+        assert "@" in text["peak_source"], "a source is a repository at a commit"
+        assert text["utilization_source"]
+
+
+@pytest.mark.parametrize("verb", sorted(path.stem for path in CONF.glob("*.yaml")))
+def test_help_and_cfg_job_work_without_the_values_a_run_needs(verb, tmp_path):
+    shown = hydra_verb(verb, "--help", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith(f"llmtrain {verb} is powered by Hydra"), "set hydra.help.app_name"
+    job = hydra_verb(verb, "--cfg", "job", cwd=tmp_path)
+    assert job.returncode == 0, job.stderr
+    assert isinstance(yaml.safe_load(job.stdout), dict)
+    assert not list(tmp_path.iterdir()), "Hydra wrote something of its own"
+
+
+def test_a_users_own_folder_adds_options(tmp_path):
+    (tmp_path / "mine/hardware").mkdir(parents=True)
+    (tmp_path / "mine/hardware/my_chip.yaml").write_text("name: my_chip\npeak_tflops: 42.0\n")
+    done = hydra_verb(
+        "plan", "--config-dir", "mine", "hardware=my_chip", "budget.flops=1e18", "--cfg", "job", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["hardware"]["name"] == "my_chip"
+
+
+def test_a_key_that_a_users_file_spells_wrong_is_an_error(tmp_path):
+    (tmp_path / "mine/hardware").mkdir(parents=True)
+    (tmp_path / "mine/hardware/my_chip.yaml").write_text("name: my_chip\npeak_tflop: 42.0\n")
+    done = hydra_verb("plan", "--config-dir", "mine", "hardware=my_chip", "budget.flops=1e18", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "peak_tflop" in done.stderr
+    assert "Traceback" not in done.stderr
