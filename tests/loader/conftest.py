@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmtrain.data.manifest import Manifest, PackEntry, ShardEntry, TokenizerEntry, write_manifest
-from llmtrain.data.pack import plan_rows, write_pack
+from llmtrain.data.pack import SPAN, Pack, plan_rows, write_pack
 from llmtrain.data.shards import ShardWriter
 
 EOS_ID = 2
@@ -118,5 +118,30 @@ def corpus(tmp_path: Path) -> Corpus:
 def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
     def make(name: str, *args: Any, **settings: Any) -> Corpus:
         return write_corpus(tmp_path / name, *args, **settings)
+
+    return make
+
+
+@pytest.fixture
+def big_manifest() -> Callable[..., Manifest]:
+    def make(folder: Path, *, num_shards: int) -> Manifest:
+        """Shards that do not exist, and a real pack of two rows, of the first and of the last of them."""
+        shards = [
+            ShardEntry(
+                path=f"shards/train-{number:05d}",
+                split="train",
+                num_documents=10_000,
+                num_tokens=10_000_000,
+                num_bytes=20_000_000,
+                sha256=f"{number:064x}",
+                idx_sha256=f"{number:064x}",
+                xxh3_128=f"{number:032x}",
+                text_bytes=40_000_000,
+            )
+            for number in range(num_shards)
+        ]
+        spans = np.array([(0, 0, 16, 1), (num_shards - 1, 0, 16, 1)], dtype=SPAN)
+        pack = write_pack(folder, "packs/seq16", "train", 16, Pack(rows=np.arange(3), spans=spans))
+        return make_manifest(shards, [pack])
 
     return make

@@ -1,0 +1,205 @@
+"""Batches: every layout feeds the same rows, and a resumed run goes on where the first one stopped."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.loader.batches import NO_ROW, Batch, Batches, held_out_batches
+from llmtrain.loader.dataset import NO_TARGET, Rows, _close_all
+from llmtrain.loader.order import rows_at
+
+GLOBAL_ROWS = 12
+LAYOUTS = [
+    (dp_size, micro)
+    for dp_size in range(1, GLOBAL_ROWS + 1)
+    for micro in range(1, GLOBAL_ROWS + 1)
+    if GLOBAL_ROWS % (dp_size * micro) == 0
+]
+
+
+@pytest.fixture
+def rows(corpus) -> Rows:
+    return Rows(corpus.folder, corpus.manifest, "train", 16)
+
+
+def batches_of(
+    rows: Rows, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 1, prefetch: bool = False
+) -> Batches:
+    return Batches(
+        rows,
+        seed=5,
+        global_batch_rows=GLOBAL_ROWS,
+        micro_batch_rows=micro,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        prefetch=prefetch,
+    )
+
+
+def step_of(rows: Rows, position: int, *, dp_size: int, micro: int) -> list[int]:
+    """The rows that all ranks together read for the step, in the order of ranks."""
+    found: list[int] = []
+    for dp_rank in range(dp_size):
+        for batch in batches_of(rows, dp_rank=dp_rank, dp_size=dp_size, micro=micro).micro_batches(position):
+            assert batch.tokens_BS.shape == (micro, 16)
+            found += batch.rows.tolist()
+    return found
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), LAYOUTS)
+def test_every_layout_reads_the_same_rows_of_each_step(rows: Rows, dp_size: int, micro: int) -> None:
+    for position in (0, 12, 36, 84, 12 * 10**9):  # 41 rows an epoch: the second and later cross its end
+        at = np.arange(position, position + 12)
+        expected = rows_at(at, num_rows=rows.num_rows, seed=5, pack_hash=rows.hash)
+        assert step_of(rows, position, dp_size=dp_size, micro=micro) == expected.tolist()
+        assert batches_of(rows).step_rows(position).tolist() == expected.tolist()
+
+
+def test_run_that_changes_layout_at_each_restart_sees_each_row_once_an_epoch(rows: Rows) -> None:
+    seen: list[int] = []
+    position = 0
+    random = np.random.default_rng(1)
+    while len(seen) < 3 * rows.num_rows:
+        dp_size, micro = LAYOUTS[int(random.integers(len(LAYOUTS)))]
+        seen += step_of(rows, position, dp_size=dp_size, micro=micro)
+        position += GLOBAL_ROWS
+    for epoch in range(3):
+        of_epoch = seen[epoch * rows.num_rows : (epoch + 1) * rows.num_rows]
+        assert sorted(of_epoch) == list(range(rows.num_rows))
+
+
+def test_batch_holds_what_the_rows_hold(rows: Rows) -> None:
+    for batch in batches_of(rows, micro=4).micro_batches(24):
+        block = rows.read_many(batch.rows)
+        assert torch.equal(batch.tokens_BS, torch.from_numpy(block.tokens))
+        assert torch.equal(batch.targets_BS, torch.from_numpy(block.targets))
+        assert torch.equal(batch.positions_BS, torch.from_numpy(block.positions))
+        assert torch.equal(batch.segments_BS, torch.from_numpy(block.segments))
+        assert batch.num_valid == (block.targets != NO_TARGET).sum()
+        moved = batch.to("meta")
+        assert moved.tokens_BS.device.type == moved.segments_BS.device.type == "meta"
+        assert (moved.num_valid, moved.rows is batch.rows) == (batch.num_valid, True)
+
+
+def test_reading_ahead_changes_nothing(rows: Rows) -> None:
+    ahead, plain = batches_of(rows, micro=3, prefetch=True), batches_of(rows, micro=3)
+    for position in (0, 12, 24, 60, 60, 0, 12):  # in order, then back and forth as after a restore
+        for one, other in zip(ahead.micro_batches(position), plain.micro_batches(position), strict=True):
+            assert_equal(one, other)
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    assert one.rows.tolist() == other.rows.tolist()
+    assert torch.equal(one.tokens_BS, other.tokens_BS)
+    assert torch.equal(one.targets_BS, other.targets_BS)
+
+
+def test_next_step_is_read_while_this_one_computes(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    readers: list[str] = []
+    read_many = Rows.read_many
+
+    def noted(self: Rows, numbers: np.ndarray):
+        readers.append(threading.current_thread().name)
+        return read_many(self, numbers)
+
+    monkeypatch.setattr(Rows, "read_many", noted)
+    batches = batches_of(rows, micro=12, prefetch=True)
+    for position in (0, 12, 24):
+        batches.micro_batches(position)
+    assert readers[:3] == ["MainThread", "read rows from 12", "read rows from 24"]
+
+
+def test_error_in_the_background_is_raised_by_the_step_that_needs_it(corpus, rows: Rows) -> None:
+    paths = [corpus.folder / f"shards/train-0000{number}.bin" for number in range(3)]
+    batches = batches_of(rows, micro=12, prefetch=True)
+    for path in paths:
+        path.rename(path.with_suffix(".away"))
+    with pytest.raises(
+        DataError, match=r"train-0000\d\.bin, needed for row \d+, cannot be read: No such file"
+    ):
+        batches.micro_batches(0)
+    for path in paths:
+        path.with_suffix(".away").rename(path)
+    batches.micro_batches(0)
+    batches.micro_batches(12)  # step 24 is being read behind it
+    batches._next[1].result()
+    _close_all(rows._open_files)  # as if other shards had pushed them out
+    for path in paths:
+        path.unlink()
+    batches.micro_batches(24)
+    with pytest.raises(
+        DataError, match=r"train-0000\d\.bin, needed for row \d+, cannot be read: No such file"
+    ):
+        batches.micro_batches(36)
+
+
+def test_process_ends_at_once_while_a_read_ahead_hangs(corpus) -> None:
+    code = f"""
+import time
+from pathlib import Path
+from llmtrain.data.manifest import read_manifest
+from llmtrain.loader.batches import Batches
+from llmtrain.loader.dataset import Rows
+folder = Path({str(corpus.folder)!r})
+rows = Rows(folder, read_manifest(folder), "train", 16)
+batches = Batches(rows, seed=0, global_batch_rows=1, micro_batch_rows=1, dp_rank=0, dp_size=1)
+rows.read_many, read_many = (lambda numbers: time.sleep(600)), rows.read_many
+batches._next = batches._read_in_background(0)
+print("done")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("global_rows", "micro", "dp_size", "product"), [(12, 5, 1, 5), (12, 2, 4, 8), (0, 1, 1, 1), (4, 8, 1, 8)]
+)
+def test_uneven_splits_are_refused(
+    rows: Rows, global_rows: int, micro: int, dp_size: int, product: int
+) -> None:
+    message = (
+        rf"train.global_batch_rows={global_rows} is not a positive multiple of train.micro_batch_rows times "
+        rf"data-parallel ranks, {micro} \* {dp_size} = {product}; change one of them"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Batches(
+            rows, seed=0, global_batch_rows=global_rows, micro_batch_rows=micro, dp_rank=0, dp_size=dp_size
+        )
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("micro", [1, 4, 50])
+@pytest.mark.parametrize("max_rows", [None, 5, 1000])
+def test_held_out_rows_come_once_over_ranks_with_equal_numbers_of_batches(
+    rows: Rows, dp_size: int, micro: int, max_rows: int | None
+) -> None:
+    by_rank = [
+        list(held_out_batches(rows, micro_batch_rows=micro, dp_rank=rank, dp_size=dp_size, max_rows=max_rows))
+        for rank in range(dp_size)
+    ]
+    assert len({len(batches) for batches in by_rank}) == 1
+    num_rows = min(rows.num_rows, max_rows or rows.num_rows)
+    found = np.concatenate([batch.rows for batches in by_rank for batch in batches])
+    assert sorted(found[found != NO_ROW].tolist()) == list(range(num_rows))
+    expected = rows.read_many(np.arange(num_rows)).targets != NO_TARGET
+    assert sum(batch.num_valid for batches in by_rank for batch in batches) == expected.sum()
+    for batch in (batch for batches in by_rank for batch in batches):
+        assert batch.tokens_BS.shape == (micro, 16)
+        masked = torch.from_numpy(batch.rows == NO_ROW)
+        assert (batch.targets_BS[masked] == NO_TARGET).all()
+        assert int((batch.targets_BS != NO_TARGET).sum()) == batch.num_valid
+
+
+def test_held_out_of_batches_uses_its_own_layout(rows: Rows) -> None:
+    batches = batches_of(rows, dp_rank=1, dp_size=2, micro=3)
+    assert [batch.rows.tolist() for batch in batches.held_out(rows, max_rows=8)] == [[3, 4, 5], [NO_ROW] * 3]
+    assert batches.num_micro_steps == 2

@@ -1,0 +1,241 @@
+"""Rows read from shards equal rows built token by token from the documents."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmtrain.data.manifest import Manifest
+from llmtrain.data.pack import SPAN, Pack, write_pack
+from llmtrain.errors import DataError
+from llmtrain.loader.dataset import MAX_OPEN_SHARDS, NO_TARGET, Row, Rows
+
+EOS_ID = 2
+
+
+def slow_rows(documents: list[list[int]], seq_len: int) -> list[dict[str, list[int]]]:
+    """Lay documents back to back, one token at a time, and cut. The reference for every array of a row."""
+    rows: list[dict[str, list[int]]] = []
+    row: dict[str, list[int]] = {"tokens": [], "targets": [], "positions": [], "segments": []}
+    for document in documents:
+        for at, token in enumerate(document):
+            if len(row["tokens"]) == seq_len:
+                rows.append(row)
+                row = {"tokens": [], "targets": [], "positions": [], "segments": []}
+            begins = at == 0 or not row["tokens"]
+            last = row["segments"][-1] if row["segments"] else -1
+            row["segments"].append(last + 1 if begins else last)
+            row["positions"].append(0 if begins else row["positions"][-1] + 1)
+            row["tokens"].append(token)
+            row["targets"].append(document[at + 1] if at + 1 < len(document) else NO_TARGET)
+    if any(target != NO_TARGET for target in row["targets"]):
+        rows.append(row)
+    for row in rows[-1:]:
+        missing = seq_len - len(row["tokens"])
+        row["tokens"] += [EOS_ID] * missing
+        row["targets"] += [NO_TARGET] * missing
+        row["positions"] += list(range(missing))
+        row["segments"] += [row["segments"][-1] + 1] * missing
+    return rows
+
+
+def as_lists(row: Row) -> dict[str, list[int]]:
+    return {
+        "tokens": row.tokens.tolist(),
+        "targets": row.targets.tolist(),
+        "positions": row.positions.tolist(),
+        "segments": row.segments.tolist(),
+    }
+
+
+def test_rows_equal_the_slow_reference(corpus) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+    expected = slow_rows(corpus.documents["train"], 16)
+    assert rows.num_rows == len(expected)
+    assert [as_lists(rows.read(at)) for at in range(rows.num_rows)] == expected
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    doc_lengths=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=12), min_size=1, max_size=4),
+    seq_len=st.integers(2, 40),
+    dtype=st.sampled_from(["uint16", "int32"]),
+    data=st.data(),
+)
+def test_rows_equal_the_slow_reference_for_any_documents(
+    tmp_path_factory: pytest.TempPathFactory, make_corpus, doc_lengths, seq_len, dtype, data
+) -> None:
+    folder = tmp_path_factory.mktemp("corpus")
+    corpus = make_corpus(folder, doc_lengths, seq_len=seq_len, dtype=dtype)
+    expected = slow_rows(corpus.documents["train"], seq_len)
+    if not expected:
+        with pytest.raises(DataError, match="has no row; prepare more text, or choose a smaller seq_len"):
+            Rows(corpus.folder, corpus.manifest, "train", seq_len)
+        return
+    rows = Rows(corpus.folder, corpus.manifest, "train", seq_len)
+    asked = data.draw(st.lists(st.integers(0, len(expected) - 1), min_size=1, max_size=20))
+    block = rows.read_many(np.array(asked))
+    for at, row in enumerate(asked):
+        one = Row(block.tokens[at], block.targets[at], block.positions[at], block.segments[at])
+        assert as_lists(one) == expected[row]
+
+
+def test_every_pair_of_every_document_comes_once_per_epoch(corpus) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+    block = rows.read_many(np.arange(rows.num_rows))
+    counts = block.targets != NO_TARGET
+    found = Counter(zip(block.tokens[counts].tolist(), block.targets[counts].tolist(), strict=True))
+    pairs: Counter[tuple[int, int]] = Counter()
+    for document in corpus.documents["train"]:
+        pairs.update(itertools.pairwise(document))
+    assert found == pairs
+    assert counts.sum() == rows.num_target_tokens == sum(len(each) - 1 for each in corpus.documents["train"])
+
+
+def test_arrays_have_the_types_that_torch_wants(corpus) -> None:
+    row = Rows(corpus.folder, corpus.manifest, "train", 16).read(0)
+    assert [row.tokens.dtype, row.targets.dtype, row.positions.dtype] == [np.int64] * 3
+    assert row.segments.dtype == np.int32
+
+
+def test_packs_that_are_not_back_to_back_are_read_too(corpus) -> None:
+    """Another packer may put any spans of any shards in a row, and stop a span inside a document."""
+    spans = np.array([(1, 100, 9, 0), (0, 2, 5, 1), (2, 0, 2, 1), (0, 7, 16, 1)], dtype=SPAN)
+    entry = write_pack(corpus.folder, "packs/odd", "train", 16, Pack(rows=np.array([0, 3, 4]), spans=spans))
+    rows = Rows(corpus.folder, replace(corpus.manifest, packs=[entry]), "train", 16)
+    documents = corpus.documents["train"]
+    by_shard = [list(itertools.chain(*part)) for part in (documents[:7], documents[7:12], documents[12:])]
+    row = rows.read(0)
+    assert row.tokens.tolist() == [*by_shard[1][100:109], *by_shard[0][2:7], *by_shard[2][0:2]]
+    assert row.targets.tolist() == [
+        *by_shard[1][101:109], NO_TARGET, *by_shard[0][3:8], *by_shard[2][1:3]
+    ]  # fmt: skip
+    assert row.positions.tolist() == [*range(9), *range(5), *range(2)]
+    assert row.segments.tolist() == [0] * 9 + [1] * 5 + [2] * 2
+
+
+def test_lineage_names_the_documents_of_a_row(corpus) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+    owner = [number for number, document in enumerate(corpus.documents["train"]) for _ in document]
+    for at in range(rows.num_rows):
+        numbers = sorted(set(owner[at * 16 : at * 16 + 16]))
+        assert [found.document_id for found in rows.lineage(at)] == [f"doc-{number}" for number in numbers]
+    first = rows.lineage(7)[0]
+    assert (first.source, first.path, first.record) == ("source-1", "1.jsonl", 1)
+
+
+def test_hash_follows_the_tokens_and_not_packs_of_other_lengths(corpus) -> None:
+    manifest = corpus.manifest
+    base = Rows(corpus.folder, manifest, "train", 16).hash
+    wider = replace(manifest.packs[0], seq_len=32, path="elsewhere")
+    assert Rows(corpus.folder, replace(manifest, packs=[wider, *manifest.packs]), "train", 16).hash == base
+    other_shard = [replace(manifest.shards[0], sha256="0" * 64), *manifest.shards[1:]]
+    assert Rows(corpus.folder, replace(manifest, shards=other_shard), "train", 16).hash != base
+    other_pack = [replace(manifest.packs[0], spans_sha256="0" * 64)]
+    assert Rows(corpus.folder, replace(manifest, packs=other_pack), "train", 16).hash != base
+
+
+def test_start_up_opens_no_shard_and_takes_under_a_second_for_100_000(tmp_path: Path, big_manifest) -> None:
+    manifest: Manifest = big_manifest(tmp_path, num_shards=100_000)
+    tracemalloc.start()
+    began = time.perf_counter()
+    rows = Rows(tmp_path, manifest, "train", 16)
+    took_s = time.perf_counter() - began
+    held_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert took_s < 1.0
+    assert held_bytes < 2 * 2**20  # a list of 100,000 references: 0.8 MB
+    assert rows.num_rows == 2
+    with pytest.raises(DataError, match=r"train-99999\.bin, needed for row 1, cannot be read: No such file"):
+        rows.read(1)
+
+
+def num_open_shards(folder: Path) -> int:
+    """Shards under `folder` that this process has open. A descriptor may vanish while we look."""
+    targets = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            targets.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return sum(target.startswith(str(folder)) and target.endswith(".bin") for target in targets)
+
+
+def test_few_files_stay_open_however_many_shards_are_read(make_corpus) -> None:
+    corpus = make_corpus("many", [[20, 12]] * (MAX_OPEN_SHARDS + 30), seq_len=32)
+    rows = Rows(corpus.folder, corpus.manifest, "train", 32)
+    expected = slow_rows(corpus.documents["train"], 32)
+    for at in np.random.default_rng(0).permutation(np.repeat(np.arange(rows.num_rows), 2)).tolist():
+        assert as_lists(rows.read(at)) == expected[at]
+    assert num_open_shards(corpus.folder) == MAX_OPEN_SHARDS
+    del rows
+    assert num_open_shards(corpus.folder) == 0
+
+
+def test_shard_that_vanished_is_named_with_the_row(corpus) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+    path = corpus.folder / "shards/train-00001.bin"
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path}, needed for row 9, cannot be read: No such file"):
+        rows.read(9)
+
+
+def test_shard_cut_short_while_it_is_open_is_an_error_and_not_a_signal(corpus) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+    rows.read(9)
+    path = corpus.folder / "shards/train-00001.bin"
+    os.truncate(path, 100)
+    message = rf"{path}, needed for row 9, has 100 bytes, the manifest says {159 * 2}"
+    with pytest.raises(DataError, match=message):
+        rows.read(9)
+
+
+def test_token_outside_the_vocabulary_is_found_before_the_model_sees_it(corpus) -> None:
+    path = corpus.folder / "shards/train-00000.bin"
+    content = np.fromfile(path, dtype="<u2")
+    content[3] = 40_000
+    content.tofile(path)
+    message = rf"{path}, needed for row 0, is damaged: its tokens 0 to 17 are from \d+ to 40000, the vocab"
+    with pytest.raises(DataError, match=message):
+        Rows(corpus.folder, corpus.manifest, "train", 16).read(0)
+
+
+def test_row_out_of_range_is_refused(corpus) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+    for row in (-1, rows.num_rows):
+        with pytest.raises(DataError, match=rf"rows \[{row}\] asked, it has 0 to {rows.num_rows - 1}"):
+            rows.read(row)
+
+
+def test_damaged_packs_are_refused(corpus) -> None:
+    def rows_of(spans: list[tuple[int, int, int, int]], rows: list[int]) -> Rows:
+        pack = Pack(rows=np.array(rows), spans=np.array(spans, dtype=SPAN))
+        entry = write_pack(corpus.folder, "packs/bad", "train", 16, pack)
+        return Rows(corpus.folder, replace(corpus.manifest, packs=[entry]), "train", 16)
+
+    with pytest.raises(DataError, match="row 0 names tokens 0 to 9 of shard 3, which does not have them"):
+        rows_of([(3, 0, 9, 0)], [0, 1]).read(0)
+    with pytest.raises(DataError, match="row 0 names tokens 155 to 160 of shard 1, which does not have them"):
+        rows_of([(1, 155, 5, 0)], [0, 1]).read(0)
+    with pytest.raises(DataError, match=r"row 0 has 17 tokens, or an empty span"):
+        rows_of([(0, 0, 17, 0)], [0, 1]).read(0)
+    with pytest.raises(DataError, match=r"row 0 has 0 tokens, or an empty span"):
+        rows_of([(0, 0, 0, 0)], [0, 1]).read(0)
+    with pytest.raises(DataError, match=r"rows \[0\] point outside its spans; it is damaged"):
+        rows_of([(0, 0, 9, 0)], [0, 0, 1]).read(0)
+
+
+def test_pack_file_cut_short_is_refused_at_start_up(corpus) -> None:
+    path = corpus.folder / corpus.manifest.packs[0].path / "train.spans.npy"
+    os.truncate(path, path.stat().st_size - 7)
+    with pytest.raises(DataError, match=r"pack of split 'train' with seq_len=16: damaged: "):
+        Rows(corpus.folder, corpus.manifest, "train", 16)
