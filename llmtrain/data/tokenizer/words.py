@@ -251,3 +251,18 @@ def _gather(words: Any, word_ends: Any, counts: Any, ids_start: Any, ids: Any, e
         out[filled] = eos_id
         filled += 1
     return out
+
+
+def warm_up() -> None:
+    """Compile, or load from disk, before the work is handed out."""
+    text, offsets = np.frombuffer(b"a", dtype=np.uint8), np.array([0, 1], dtype=np.int64)
+    slots, words = np.zeros(4, dtype=np.int32), np.zeros(1, dtype=np.int32)
+    word_hash, starts = np.zeros(2, dtype=np.uint64), np.zeros(3, dtype=np.int64)
+    word_ends = np.zeros(1, dtype=np.int64)
+    joined, arena = np.zeros((256, 256), dtype=np.bool_), np.zeros(4, dtype=np.uint8)
+    _cut_and_look_up(
+        text, offsets, joined, slots, word_hash, starts, arena, words, word_ends, 0, 0, 0, 0, 0
+    )  # fmt: skip
+    _fill_slots(slots, word_hash, 0)
+    lengths = _token_counts(words, word_ends, starts)
+    _gather(words, word_ends, lengths, starts, np.zeros(1, dtype=np.int32), 1)

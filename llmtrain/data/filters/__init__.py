@@ -1,0 +1,1 @@
+"""Rules: pure functions from signals to which documents they drop."""

@@ -1,0 +1,130 @@
+"""Pass 3: kept documents to shards of tokens, with their lineage.
+
+A unit is a shard: a run of documents of one split. Ids come from a look-up of words; the first documents
+of each shard and every CHECK_EVERY-th after them are also encoded by SentencePiece itself. If one
+differs, the whole shard is done again by SentencePiece, and the manifest's funnel counts it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmtrain.data.docs import TextBatch, read_texts
+from llmtrain.data.manifest import ShardEntry
+from llmtrain.data.scan import unit_files
+from llmtrain.data.shards import ShardWriter, token_dtype
+from llmtrain.data.tokenizer.tokenizer import Ids, Tokenizer
+from llmtrain.data.tokenizer.words import WordEncoder
+from llmtrain.files import atomic_write, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+TOKENIZE_VERSION = 1
+"""Part of the folder's key: raise it when the same documents would give other tokens."""
+CHECK_FIRST = 25
+CHECK_EVERY = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeTask:
+    out: Path
+    prefix: str
+    """Of the shard's files, relative to `out`."""
+    split: str
+    scan_key: str
+    verdicts: Path
+    """Table of the split's documents, in order."""
+    first: int
+    """First row of that table."""
+    last: int
+    """Row to stop at, excluded."""
+    tokenizer: Path
+
+
+def tokenize_shard(task: TokenizeTask) -> dict[str, Any]:
+    """Write one shard unless that is done. Returns its manifest entry and how many documents were checked."""
+    prefix = task.out / task.prefix
+    done = prefix.with_name(f"{prefix.name}.json")
+    if done.is_file():
+        summary: dict[str, Any] = read_json(done)
+        return summary
+    tokenizer = Tokenizer.load(task.tokenizer)
+    rows = _verdict_rows(task)
+    lengths, summary = _write_tokens(task, tokenizer, rows, by_words=True)
+    if summary["differing"]:
+        log.warning(
+            "%d checked documents of %s differ from SentencePiece; encoding it anew",
+            summary["differing"],
+            prefix,
+        )
+        lengths, again = _write_tokens(task, tokenizer, rows, by_words=False)
+        summary["shard"] = again["shard"]
+    lineage = rows.select(["id", "source", "path", "record", "text_bytes"])
+    lineage = lineage.append_column("num_tokens", pa.array(lengths, pa.int64()))
+    ids = pa.array([digest.hex() for digest in lineage.column("id").to_pylist()], pa.string())
+    with atomic_write(prefix.with_name(f"{prefix.name}.docs.parquet")) as handle:
+        pq.write_table(lineage.set_column(0, "id", ids), handle, compression="zstd")
+    write_json(done, summary)
+    return summary
+
+
+def texts_of(rows: pa.Table, out: Path, scan_key: str) -> Iterator[TextBatch]:
+    """The texts of rows of a verdict table, in order, a batch at a time."""
+    unit_numbers = rows.column("unit").to_numpy()
+    unit_rows = rows.column("row").to_numpy()
+    starts = np.flatnonzero(np.diff(unit_numbers, prepend=-1))
+    for start, stop in zip(starts, np.append(starts[1:], len(unit_numbers)), strict=True):
+        files = unit_files(out, scan_key, int(unit_numbers[start]))
+        yield from read_texts(files.docs, read_json(files.done)["batch_rows"], unit_rows[start:stop])
+
+
+def _verdict_rows(task: TokenizeTask) -> pa.Table:
+    with pa.memory_map(str(task.verdicts)) as handle:
+        return pa.ipc.open_file(handle).read_all().slice(task.first, task.last - task.first)
+
+
+def _write_tokens(
+    task: TokenizeTask, tokenizer: Tokenizer, rows: pa.Table, *, by_words: bool
+) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+    encoder = WordEncoder(tokenizer)
+    all_lengths = []
+    num_text_bytes = num_checked = num_differing = num_seen = 0
+    dtype = token_dtype(tokenizer.vocab_size)
+    with ShardWriter(task.out / task.prefix, dtype, tokenizer.vocab_size) as writer:
+        for text, offsets in texts_of(rows, task.out, task.scan_key):
+            num_documents = len(offsets) - 1
+            if by_words:
+                ids, lengths = encoder.encode(text, offsets)
+                numbers = np.arange(num_seen, num_seen + num_documents)
+                checked = np.flatnonzero((numbers < CHECK_FIRST) | (numbers % CHECK_EVERY == 0))
+                num_differing += encoder.differing(text, offsets, ids, lengths, checked)
+                num_checked += len(checked)
+            else:
+                ids, lengths = _encode_plainly(tokenizer, text, offsets)
+            writer.add_many(ids, lengths)
+            all_lengths.append(lengths)
+            num_seen += num_documents
+            num_text_bytes += int(offsets[-1] - offsets[0])
+        result = writer.close()
+    shard = ShardEntry(path=task.prefix, split=task.split, text_bytes=num_text_bytes, **asdict(result))
+    summary = {"shard": asdict(shard), "checked": num_checked, "differing": num_differing}
+    return np.concatenate(all_lengths), summary
+
+
+def _encode_plainly(
+    tokenizer: Tokenizer, text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]
+) -> tuple[Ids, npt.NDArray[np.int64]]:
+    texts = [text[start:end].tobytes().decode() for start, end in pairwise(offsets)]
+    eos = np.array([tokenizer.eos_id], dtype=np.int32)
+    ids = [np.concatenate([part, eos]) for part in tokenizer.encode_batch(texts)]
+    return np.concatenate(ids), np.array([len(part) for part in ids], dtype=np.int64)
