@@ -11,14 +11,14 @@ from llmtrain.errors import ConfigError
 class WandbMode(Enum):
     """Where W&B's records go."""
 
-    off = 0  # 0, so that YAML's `off`, which is read as false, names this member too
-    """No W&B."""
-    offline = 1
+    off = "off"
+    """No W&B. In a YAML file write 'off' in quotes: without them YAML reads it as false."""
+    offline = "offline"
     """A .wandb file in the run folder; `wandb sync` sends it later."""
-    online = 2
+    online = "online"
     """Sent while training; needs an API key, and falls back to offline without one."""
-    auto = 3
-    """online if WANDB_API_KEY is set, else offline."""
+    auto = "auto"
+    """online if WANDB_API_KEY is set, else offline; W&B's own WANDB_MODE is obeyed."""
 
 
 @dataclass(kw_only=True)

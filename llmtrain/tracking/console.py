@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import IO, cast
 
-from rich.console import Console as Terminal
+import rich.console
 from rich.file_proxy import FileProxy
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
@@ -30,6 +30,12 @@ REDRAW_S = 0.1
 BAR_COLUMNS = 12
 BAR_AND_COUNT_COLUMNS = BAR_COLUMNS + 28
 """Width of the live line left of the facts, for steps of up to six digits."""
+
+
+class Terminal(rich.console.Console):
+    def on_broken_pipe(self) -> None:
+        """Raise what rich would turn into the end of the program."""
+        raise BrokenPipeError("the reader has left")
 
 
 class Console:

@@ -1,4 +1,5 @@
-"""One record, every reader: metrics.jsonl first, then the console and W&B. Ranks other than 0 get the silent twin."""
+"""One record, every reader: metrics.jsonl first, then the console and W&B. Ranks other than 0 get the silent
+twin."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def _curves(run: RunData) -> list[Curve]:
             title="Model FLOPs utilization",
             field="mfu",
             y_unit="share of the devices' peak",
-            note=f"of {peak_tflops:g} TFLOP/s a device" if peak_tflops is not None else "",
+            note=f"of {peak_tflops:g} TFLOP/s" if peak_tflops is not None else "",
             format_y=lambda share: f"{share:.3g}%",
             scale=100.0,
         )

@@ -34,8 +34,11 @@ QUEUE_BYTES = 1 << 20
 SPEC_NAME = "llmtrain.json"
 SYNC_HINT = "`wandb sync {folder}` sends what is on disk"
 POLL_S = 0.02
-GRACE_S = 3.0
-"""What the process may take past a limit of W&B's own before it is ended from outside."""
+
+
+def with_grace(timeout_s: float) -> float:
+    """When to end W&B from outside: a little after the limit that it was given to end by itself."""
+    return 1.1 * timeout_s + 0.5
 
 
 def chosen_mode(mode: WandbMode, environment: Mapping[str, str]) -> WandbMode:
@@ -101,15 +104,14 @@ class WandbSink:
         assert process.stdin is not None, "opened with a pipe"
         with contextlib.suppress(OSError):
             process.stdin.close()
-        deadline = time.monotonic() + self._config.wandb_finish_timeout_s + GRACE_S
+        deadline = time.monotonic() + with_grace(with_grace(self._config.wandb_finish_timeout_s))
         while process.poll() is None and time.monotonic() < deadline:
             self._relay_reports(process)
             time.sleep(POLL_S)
         if process.poll() is None:
             hint = SYNC_HINT.format(folder=self._folder)
             self._report(f"did not finish in {self._config.wandb_finish_timeout_s:g} s and was ended; {hint}")
-        with contextlib.suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # W&B's service too, if it is still there
+        process.kill()  # W&B's service watches it, and ends with it
         process.wait()
         self._relay_reports(process)
         assert process.stdout is not None, "opened with a pipe"
@@ -200,13 +202,13 @@ class _Process:
         self._say(f"{mode}, run {self._spec['run_id']} of project {self._spec['project']}")
         for line in iter(sys.stdin.buffer.readline, b""):
             run.log(wandb_fields(json.loads(line)))
-        self._end_after(self._spec["finish_timeout_s"] + GRACE_S / 2)
+        self._end_after(with_grace(self._spec["finish_timeout_s"]))
         run.finish()
 
     def _init(self, mode: Mode) -> Any:
         """Start W&B; where online does not work, offline; where nothing works, say so and return None."""
         spec = self._spec
-        self._init_deadline = time.monotonic() + spec["init_timeout_s"] + GRACE_S
+        self._init_deadline = time.monotonic() + with_grace(spec["init_timeout_s"])
         try:
             import wandb  # noqa: PLC0415  only this process pays for it, and a run works without it
 
@@ -252,15 +254,24 @@ class _Process:
                 self._say(f"did not start in {self._spec['init_timeout_s']:g} s; the run goes on without it")
                 os._exit(1)
             if os.getppid() != self._parent:
-                self._end_after(self._spec["finish_timeout_s"] + GRACE_S)
+                self._end_after(with_grace(self._spec["finish_timeout_s"]))
                 return
 
     def _restart_offline(self, reason: str) -> None:
         """Become a new process in offline mode. Standard input, with every record so far, stays as it is."""
         self._say(f"online does not work ({reason}); going on offline")
         os.dup2(self._reports, 1)
+        self._end_service()
         arguments = ["-m", "llmtrain.tracking.wandb", str(self._spec_path), "offline"]
         os.execv(sys.executable, [sys.executable, *arguments])
+
+    def _end_service(self) -> None:
+        """Else W&B would find its service again through the environment, and refuse the run's id as taken."""
+        os.environ.pop("WANDB_SERVICE", None)
+        with contextlib.suppress(OSError):  # a kernel need not list children
+            for children in Path("/proc/self/task").glob("*/children"):
+                for pid in children.read_text().split():
+                    os.kill(int(pid), signal.SIGKILL)
 
     def _end_after(self, seconds: float) -> None:
         timer = threading.Timer(seconds, os._exit, args=(1,))
