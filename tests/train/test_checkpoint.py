@@ -1,0 +1,639 @@
+"""A checkpoint is whole or it is not there, on one rank and on several."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.train import checkpoint
+from llmtrain.train.checkpoint import (
+    MANIFEST_FILE,
+    MARKER_FILE,
+    CheckpointReader,
+    Piece,
+    checkpoint_path,
+    list_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+)
+
+TENSORS = {
+    "embedding.weight": np.arange(60, dtype=np.float32).reshape(12, 5),
+    "blocks.0.mlp.w_up.weight": np.linspace(-1, 1, 21, dtype=np.float32).reshape(7, 3),
+    "final_norm.weight": np.ones(5, dtype=np.float32),
+    "scale": np.array(2.5, dtype=np.float64),
+    "nothing": np.zeros((0, 4), dtype=np.float32),
+}
+
+
+class Ranks:
+    """`world_size` ranks as threads of this process; what they gather goes through JSON."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._barrier = threading.Barrier(world_size, timeout=20)
+        self._slots: list[str] = [""] * world_size
+
+    def run(self, work: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
+        """Call work(rank, arguments of save_checkpoint) on all; returns what each returned or raised."""
+        outcomes: list[Any] = [None] * self.world_size
+
+        def run_rank(rank: int) -> None:
+            def gather(value: object) -> list[object]:
+                self._slots[rank] = json.dumps(value)
+                self._barrier.wait()
+                gathered = [json.loads(slot) for slot in self._slots]
+                self._barrier.wait()
+                return gathered
+
+            arguments = {
+                "rank": rank,
+                "world_size": self.world_size,
+                "barrier": self._barrier.wait,
+                "gather": gather,
+            }
+            try:
+                outcomes[rank] = work(rank, arguments)
+            except Exception as error:
+                outcomes[rank] = error
+
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(self.world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return outcomes
+
+
+SOLO = {"rank": 0, "world_size": 1, "barrier": lambda: None, "gather": lambda value: [value]}
+
+
+def whole(
+    tensors: dict[str, np.ndarray] = TENSORS, *, plus: float = 0.0, kind: str = "weight"
+) -> list[Piece]:
+    return [Piece(kind, name, value.shape, 0, value.reshape(-1) + plus) for name, value in tensors.items()]
+
+
+def save(folder: Path, step: int, *, keep: int = 100, plus: float = 0.0, **state: Any) -> Path:
+    return save_checkpoint(
+        folder, step=step, pieces=whole(plus=plus), state=state, keep=keep, **SOLO
+    )  # fmt: skip
+
+
+def cut(value: np.ndarray, kind: str, name: str, borders: list[int]) -> list[Piece]:
+    """The flattened tensor in pieces between these borders."""
+    flat = value.reshape(-1)
+    ends = [0, *sorted(borders), flat.size]
+    return [Piece(kind, name, value.shape, a, flat[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not re.fullmatch(r"step-\d{8}", path.name)]
+
+
+# --- what is saved comes back
+
+
+def test_tensors_and_state_come_back_bit_for_bit(tmp_path: Path) -> None:
+    path = save(tmp_path / "checkpoints", 120, position=7, nested={"a": [1, 2.5, None, "é"]})
+    assert path == tmp_path / "checkpoints" / "step-00000120"
+    reader = CheckpointReader(path)
+    reader.verify()
+    assert (reader.step, reader.state) == (120, {"position": 7, "nested": {"a": [1, 2.5, None, "é"]}})
+    assert reader.tensors == {name: value.shape for name, value in TENSORS.items()}
+    assert reader.kinds == ["weight"]
+    assert reader.num_bytes == sum(value.nbytes for value in TENSORS.values())
+    for name, value in TENSORS.items():
+        read = reader.read("weight", name)
+        assert read.dtype == reader.dtype("weight", name) == value.dtype
+        assert read.shape == value.shape
+        assert read.tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f8", "int64", ">u2", "bool"])
+def test_every_number_type_comes_back_little_endian(tmp_path: Path, dtype: str) -> None:
+    values = (np.arange(10) % 3).astype(dtype)
+    path = save_checkpoint(
+        tmp_path, step=1, pieces=[Piece("k", "x", (10,), 0, values)], state={}, keep=1, **SOLO
+    )
+    read = CheckpointReader(path).read("k", "x")
+    assert read.dtype == values.dtype.newbyteorder("<")
+    assert read.tolist() == values.tolist()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), world_size=st.integers(1, 4), num_elements=st.integers(1, 40))
+def test_any_layout_reads_any_layout(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, world_size: int, num_elements: int
+) -> None:
+    value = np.random.default_rng(num_elements).standard_normal((1, num_elements)).astype(np.float32)
+    borders = data.draw(st.lists(st.integers(0, num_elements), max_size=8))
+    pieces = cut(value, "exp_avg", "w", borders)
+    owners = [data.draw(st.integers(0, world_size - 1)) for _ in pieces]
+    folder = tmp_path_factory.mktemp("run")
+
+    def work(rank: int, arguments: dict[str, Any]) -> Path:
+        own = (piece for piece, owner in zip(pieces, owners, strict=True) if owner == rank)
+        return save_checkpoint(folder, step=1, pieces=own, state={}, keep=1, **arguments)
+
+    paths = Ranks(world_size).run(work)
+    assert paths == [folder / "step-00000001"] * world_size
+    reader = CheckpointReader(paths[0])
+    reader.verify()
+    assert np.array_equal(reader.read("exp_avg", "w"), value)
+    start = data.draw(st.integers(0, num_elements))
+    length = data.draw(st.integers(0, num_elements - start))
+    part = reader.read_flat("exp_avg", "w", start, length)
+    assert np.array_equal(part, value.reshape(-1)[start : start + length])
+
+
+def test_marker_is_what_sha256sum_checks(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    done = subprocess.run(
+        ["sha256sum", "--check", MARKER_FILE], cwd=path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "manifest.json: OK\n")
+
+
+def test_same_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 5, version=1)
+    save(tmp_path, 5, version=2, plus=1.0)
+    reader = CheckpointReader(tmp_path / "step-00000005")
+    assert reader.state == {"version": 2}
+    assert np.array_equal(reader.read("weight", "final_norm.weight"), np.full(5, 2.0, dtype=np.float32))
+    assert leftovers(tmp_path) == []
+
+
+def test_checkpoint_set_aside_by_a_replacement_counts_until_the_new_one_is_there(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    path = save(tmp_path, 5, version=1)
+    path.rename(tmp_path / "step-00000005.replaced")  # killed between the two renames
+    assert list_checkpoints(tmp_path) == [4, 5]
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert CheckpointReader(newest).state == {"version": 1}
+    save(tmp_path, 5, version=2)
+    assert list_checkpoints(tmp_path) == [4, 5]
+    save(tmp_path, 6)  # the next save clears it away
+    assert leftovers(tmp_path) == []
+
+
+# --- finding and retention
+
+
+def test_folder_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "absent") is None
+    assert newest_checkpoint(tmp_path) is None
+    assert list_checkpoints(tmp_path / "absent") == []
+
+
+def test_only_the_newest_stay_and_leftovers_of_killed_saves_go(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-step-00000002").mkdir()
+    (tmp_path / ".tmp-step-00000002" / "rank-00000.bin").write_bytes(b"half")
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, keep=2)
+    assert list_checkpoints(tmp_path) == [3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
+def test_save_after_going_back_keeps_itself_and_the_later_ones(tmp_path: Path) -> None:
+    for step in (100, 120, 200):
+        save(tmp_path, step)
+    save(tmp_path, 130, keep=1)
+    assert list_checkpoints(tmp_path) == [130, 200]
+
+
+def test_keeping_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match="keep=0 must be at least 1: the checkpoint just saved is always kept"
+    ):
+        save(tmp_path, 1, keep=0)
+
+
+def test_unknown_step_lists_the_steps_there_are(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=f"no checkpoint of step 9 in {tmp_path}; it holds no checkpoint"
+    ):
+        checkpoint_path(tmp_path, 9)
+    save(tmp_path, 3)
+    save(tmp_path, 4)
+    assert checkpoint_path(tmp_path, 3) == tmp_path / "step-00000003"
+    with pytest.raises(CheckpointError, match=f"no checkpoint of step 9 in {tmp_path}; it holds 3, 4"):
+        checkpoint_path(tmp_path, 9)
+
+
+def test_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1)
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuse)
+    save(tmp_path, 2, keep=1)
+    assert f"could not delete the old checkpoint {tmp_path / 'step-00000001'}: [Errno 16]" in caplog.text
+    assert list_checkpoints(tmp_path) == [2]
+
+
+# --- damage
+
+
+def test_flipped_byte_anywhere_is_found(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, position=3)
+    for name in ("rank-00000.bin", MANIFEST_FILE, MARKER_FILE):
+        file = path / name
+        good = file.read_bytes()
+        for at in range(0, len(good), max(1, len(good) // 40)):
+            file.write_bytes(good[:at] + bytes([good[at] ^ 0x10]) + good[at + 1 :])
+            with pytest.raises(CheckpointError, match=re.escape(str(file if name != MARKER_FILE else path))):
+                CheckpointReader(path).verify()
+        file.write_bytes(good)
+    CheckpointReader(path).verify()
+
+
+def test_flipped_byte_names_the_tensor_and_both_hashes(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    file = path / "rank-00000.bin"
+    content = bytearray(file.read_bytes())
+    content[4 * 60 + 5] ^= 1
+    file.write_bytes(content)
+    message = (
+        rf"{file} is damaged: weight blocks.0.mlp.w_up.weight\[0:21\] at byte 240 has xxh3_128 "
+        r"[0-9a-f]{32}, the manifest says [0-9a-f]{32}"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(path).verify()
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(path).read("weight", "blocks.0.mlp.w_up.weight")
+
+
+@pytest.mark.parametrize("name", ["rank-00000.bin", MANIFEST_FILE, MARKER_FILE])
+def test_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    path = save(tmp_path, 1)
+    (path / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{path / name} cannot be read: No such file or directory"):
+        CheckpointReader(path)
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_file_of_another_size_is_named_with_both_sizes(tmp_path: Path, change: int) -> None:
+    path = save(tmp_path, 1)
+    file = path / "rank-00000.bin"
+    size = file.stat().st_size
+    os.truncate(file, size + change)
+    message = rf"{file} has {size + change} bytes \(\d+ B\), the manifest says {size} \(\d+ B\)"
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(path)
+
+
+def test_file_cut_short_after_opening_is_an_error_of_the_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    reader = CheckpointReader(path)
+    os.truncate(path / "rank-00000.bin", 100)
+    with pytest.raises(CheckpointError, match=r"rank-00000\.bin ends at byte 100, and 140 more are needed"):
+        reader.read("weight", "embedding.weight")
+
+
+def test_unknown_format_version_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / MANIFEST_FILE).read_text())
+    content = json.dumps(manifest | {"format_version": 99}).encode()
+    (path / MANIFEST_FILE).write_bytes(content)
+    (path / MARKER_FILE).write_bytes(checkpoint._marker(content))
+    message = (
+        f"{path} has checkpoint format_version=99, and this llmtrain reads 1; read it with the llmtrain that"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(path)
+
+
+def test_damaged_newest_is_reported_and_the_next_older_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    older, newer, newest = (save(tmp_path, step) for step in (1, 2, 3))
+    (newest / MARKER_FILE).unlink()
+    file = newer / "rank-00000.bin"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    with caplog.at_level(logging.ERROR):
+        assert newest_checkpoint(tmp_path) == older
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == [
+        "not using a damaged checkpoint"
+    ] * 2
+    assert "step-00000003/COMMITTED cannot be read" in caplog.text
+    assert f"{file} is damaged: weight scale[0:1] at byte" in caplog.text
+    assert newest_checkpoint(tmp_path, verify=False) == newer
+
+
+def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        os.truncate(save(tmp_path, step) / "rank-00000.bin", 3)
+    with pytest.raises(
+        CheckpointError, match=rf"every checkpoint in {tmp_path} is damaged: .*00002.*00001.*restore one"
+    ):
+        newest_checkpoint(tmp_path)
+
+
+# --- asking for what is not there
+
+
+def test_unknown_tensor_and_kind_name_the_nearest(tmp_path: Path) -> None:
+    reader = CheckpointReader(save(tmp_path, 1))
+    with pytest.raises(
+        CheckpointError, match=r"unknown weight tensor 'final_norm.wieght'; did you mean 'final_norm.weight'"
+    ):
+        reader.read("weight", "final_norm.wieght")
+    with pytest.raises(CheckpointError, match="unknown kind of tensor 'exp_avg'; known: weight"):
+        reader.dtype("exp_avg", "scale")
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 3), (0, 61), (58, 3), (5, -1)])
+def test_range_outside_a_tensor_is_refused(tmp_path: Path, start: int, length: int) -> None:
+    reader = CheckpointReader(save(tmp_path, 1))
+    message = (
+        rf"elements {start} to {start + length} asked of weight embedding.weight, which has shape \[12, 5\]"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        reader.read_flat("weight", "embedding.weight", start, length)
+
+
+def test_checkpoint_of_another_model_names_every_difference(tmp_path: Path) -> None:
+    reader = CheckpointReader(save(tmp_path, 1))
+    shapes = {name: value.shape for name, value in TENSORS.items()}
+    reader.require(shapes, kinds=["weight"])
+    message = (
+        r"does not fit the model: weight embedding.weight has shape \[12, 5\], the model needs \[13, 5\]"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        reader.require(shapes | {"embedding.weight": (13, 5)}, kinds=["weight"])
+    with pytest.raises(CheckpointError, match=r"weight head.weight is missing$"):
+        reader.require(shapes | {"head.weight": (1,)}, kinds=["weight"])
+    del shapes["scale"]
+    with pytest.raises(CheckpointError, match=r"weight scale is not part of this model$"):
+        reader.require(shapes, kinds=["weight"])
+    with pytest.raises(CheckpointError, match=r"exp_avg embedding.weight is missing; .*; and 1 more$"):
+        reader.require(shapes, kinds=["weight", "exp_avg"])
+
+
+# --- pieces that do not fit together
+
+
+FLAT = np.zeros(10, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([Piece("weight", "w", (10,), 0, FLAT[:4])], "no rank holds elements 4 to 10 of weight w"),
+        ([Piece("weight", "w", (10,), 2, FLAT[:8])], "no rank holds elements 0 to 2 of weight w"),
+        (
+            [Piece("weight", "w", (10,), 0, FLAT[:3]), Piece("weight", "w", (10,), 5, FLAT[:5])],
+            "no rank holds elements 3 to 5 of weight w",
+        ),
+        (
+            [Piece("weight", "w", (10,), 0, FLAT[:6]), Piece("weight", "w", (10,), 5, FLAT[:5])],
+            "more than one piece holds element 5 of weight w; the second is of rank 0",
+        ),
+        (
+            [Piece("weight", "w", (10,), 0, FLAT), Piece("weight", "w", (10,), 0, FLAT)],
+            "more than one piece holds element 0 of weight w",
+        ),
+        (
+            [Piece("weight", "w", (10,), 5, FLAT)],
+            r"weight w is elements 5 to 15, outside its shape \[10\] of 10 elements",
+        ),
+        ([Piece("weight", "w", (10,), -1, FLAT)], r"weight w is elements -1 to 9, outside its shape \[10\]"),
+        (
+            [Piece("weight", "w", (2, 5), 0, FLAT.reshape(2, 5))],
+            "weight w is a 2-D array of float32; need 1-D numbers",
+        ),
+        (
+            [Piece("weight", "w", (1,), 0, np.array(["x"]))],
+            "weight w is a 1-D array of <U1; need 1-D numbers",
+        ),
+        (
+            [Piece("weight", "w", (10,), 0, FLAT), Piece("exp_avg", "w", (5, 2), 0, FLAT)],
+            r"exp_avg w has shape \[5, 2\] and \[10\] in different pieces",
+        ),
+        (
+            [
+                Piece("weight", "w", (10,), 0, FLAT[:5]),
+                Piece("weight", "w", (10,), 5, FLAT[5:].astype(np.float64)),
+            ],
+            "weight w has dtype <f8 and <f4 in different pieces",
+        ),
+    ],
+)
+def test_pieces_that_are_not_the_tensor_exactly_once_are_refused(
+    tmp_path: Path, pieces: list[Piece], message: str
+) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(
+        CheckpointError, match=rf"could not save step 2 in {tmp_path}: rank 0: .*{message}.*; the earlier "
+    ):
+        save_checkpoint(tmp_path, step=2, pieces=pieces, state={}, keep=1, **SOLO)
+    assert list_checkpoints(tmp_path) == [1]
+    assert leftovers(tmp_path) == []
+
+
+def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"the state of the run cannot be written as JSON: .* not JSON compliant"
+    ):
+        save(tmp_path, 1, loss=float("nan"))
+    with pytest.raises(
+        CheckpointError, match="cannot be written as JSON: Object of type set is not JSON serializable"
+    ):
+        save(tmp_path, 1, seen={1})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- several ranks
+
+
+def halves(rank: int) -> Iterator[Piece]:
+    """Rank 0 and 1 of 2: each holds one half of every tensor."""
+    for name, value in TENSORS.items():
+        yield cut(value, "weight", name, [value.size // 2])[rank]
+
+
+def test_two_ranks_write_two_files_and_one_checkpoint(tmp_path: Path) -> None:
+    for step in (1, 2):
+        Ranks(2).run(
+            lambda rank, arguments, step=step: save_checkpoint(
+                tmp_path, step=step, pieces=halves(rank), state={"from": rank}, keep=1, **arguments
+            )
+        )
+    assert list_checkpoints(tmp_path) == [2]
+    names = ["COMMITTED", "manifest.json", "rank-00000.bin", "rank-00001.bin"]
+    assert sorted(path.name for path in (tmp_path / "step-00000002").iterdir()) == names
+    reader = CheckpointReader(tmp_path / "step-00000002")
+    reader.verify()
+    assert reader.state == {"from": 0}
+    for name, value in TENSORS.items():
+        assert np.array_equal(reader.read("weight", name), value)
+
+
+class FullDisk:
+    """Writes of one rank fail after some bytes, as on a full disk."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int, after: int) -> None:
+        write_all = checkpoint._write_all
+
+        def write(handle: Any, content: memoryview) -> None:
+            if f"rank-{rank:05d}" in handle.name and handle.tell() + content.nbytes > after:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_all(handle, content)
+
+        monkeypatch.setattr(checkpoint, "_write_all", write)
+
+
+@pytest.mark.parametrize("full_rank", [0, 2])
+def test_disk_full_on_one_rank_fails_the_save_on_all_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_rank: int
+) -> None:
+    value = np.arange(3000, dtype=np.float32)
+
+    def work(rank: int, arguments: dict[str, Any], step: int) -> Path:
+        piece = cut(value, "weight", "w", [1000, 2000])[rank]
+        return save_checkpoint(tmp_path, step=step, pieces=[piece], state={}, keep=1, **arguments)
+
+    Ranks(3).run(lambda rank, arguments: work(rank, arguments, 1))
+    with monkeypatch.context() as patch:
+        FullDisk(patch, rank=full_rank, after=500)
+        outcomes = Ranks(3).run(lambda rank, arguments: work(rank, arguments, 2))
+    message = (
+        f"could not save step 2 in {tmp_path}: rank {full_rank}: [Errno 28] No space left on device; "
+        "the earlier checkpoints there are untouched"
+    )
+    assert [(type(outcome), str(outcome)) for outcome in outcomes] == [(CheckpointError, message)] * 3
+    assert isinstance(outcomes[full_rank].__cause__, OSError)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert Ranks(3).run(lambda rank, arguments: work(rank, arguments, 2)) == [tmp_path / "step-00000002"] * 3
+
+
+def test_failing_rank_still_runs_its_iterable_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The iterable may hold collectives: a rank that stopped early would leave the others waiting in one."""
+    meet = threading.Barrier(2, timeout=10)
+
+    def pieces(rank: int) -> Iterator[Piece]:
+        for piece in halves(rank):
+            meet.wait()
+            yield piece
+
+    FullDisk(monkeypatch, rank=1, after=0)
+    outcomes = Ranks(2).run(
+        lambda rank, arguments: save_checkpoint(
+            tmp_path, step=1, pieces=pieces(rank), state={}, keep=1, **arguments
+        )
+    )
+    assert all("rank 1: [Errno 28]" in str(outcome) for outcome in outcomes)
+
+
+def test_bug_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    def pieces(rank: int) -> Iterator[Piece]:
+        yield from halves(rank)
+        if rank == 1:
+            raise KeyError("optimizer state")
+
+    outcomes = Ranks(2).run(
+        lambda rank, arguments: save_checkpoint(
+            tmp_path, step=1, pieces=pieces(rank), state={}, keep=1, **arguments
+        )
+    )
+    assert all("rank 1: KeyError: 'optimizer state'; the earlier" in str(outcome) for outcome in outcomes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_failing_ranks_are_counted_and_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(handle: object, content: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write_all", no_space)
+    outcomes = Ranks(6).run(
+        lambda rank, arguments: save_checkpoint(
+            tmp_path, step=1, pieces=whole(), state={}, keep=1, **arguments
+        )
+    )
+    assert "rank 3: [Errno 28] No space left on device; and 2 more; the earlier" in str(outcomes[5])
+
+
+def test_ranks_that_save_different_steps_are_told(tmp_path: Path) -> None:
+    outcomes = Ranks(2).run(
+        lambda rank, arguments: save_checkpoint(
+            tmp_path, step=10 + rank, pieces=halves(rank), state={}, keep=1, **arguments
+        )
+    )
+    assert all(
+        r"the ranks disagree on [step, world_size]: [10, 2]; [11, 2]" in str(each) for each in outcomes
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_folder_that_only_rank_0_sees_is_explained(tmp_path: Path) -> None:
+    """A node-local folder: each rank's path leads to a disk of its own."""
+    outcomes = Ranks(2).run(
+        lambda rank, arguments: save_checkpoint(
+            tmp_path / str(rank), step=1, pieces=halves(rank), state={}, keep=1, **arguments
+        )
+    )
+    for outcome in outcomes:
+        assert "which rank 0 has just made, is not there on" in str(outcome)
+        assert "the run folder must be on a file system that all nodes share" in str(outcome)
+
+
+def test_bytes_that_change_on_their_way_to_the_disk_stop_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_all = checkpoint._write_all
+    monkeypatch.setattr(
+        checkpoint, "_write_all", lambda handle, content: write_all(handle, memoryview(bytes(content)[::-1]))
+    )
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000.bin is damaged: weight embedding.weight\[0:60\] at byte 0"
+    ):
+        save(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)]
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(mount, capture_output=True, check=False).returncode != 0
+    ):
+        pytest.skip("mounting a tmpfs needs root and the right to mount")
+    try:
+        save(tmp_path / "run", 1)
+        big = [Piece("weight", "w", (100_000,), 0, np.zeros(100_000, dtype=np.float32))]
+        with pytest.raises(
+            CheckpointError, match=r"could not save step 2 in .*: rank 0: \[Errno 28\] No space left"
+        ):
+            save_checkpoint(tmp_path / "run", step=2, pieces=big, state={}, keep=1, **SOLO)
+        assert leftovers(tmp_path / "run") == []
+        newest = newest_checkpoint(tmp_path / "run")
+        assert newest is not None
+        assert newest.name == "step-00000001"
+        save(tmp_path / "run", 3)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
