@@ -1,0 +1,132 @@
+"""From a run folder or a checkpoint to a model and its tokenizer, for the verbs that only read weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llmtrain.data.tokenizer.tokenizer import Tokenizer
+from llmtrain.errors import CheckpointError, DataError
+from llmtrain.files import read_json
+from llmtrain.model.config import ModelConfig
+from llmtrain.model.transformer import Transformer
+from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class Precision(Enum):
+    """Type of the weights and of the arithmetic."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(frozen=True)
+class Restored:
+    model: Transformer
+    """In evaluation mode, without gradients."""
+    tokenizer: Tokenizer
+    checkpoint: Path
+    run_folder: Path | None
+    """None when the checkpoint does not lie in a run folder."""
+    step: int
+    state: dict[str, Any]
+    """What the run saved beside its weights."""
+    data_folder: Path
+    manifest: Manifest
+
+
+def load_transformer(
+    path: Path,
+    *,
+    data_folder: Path | None = None,
+    device: str | None = None,
+    precision: Precision = Precision.fp32,
+) -> Restored:
+    """Load the newest whole checkpoint of a run folder, or one checkpoint; every byte is compared with its
+    hash.
+
+    Args:
+        path: A run folder, its checkpoints/ folder, or one step's folder in it.
+        data_folder: Where the run's data lies now; None takes the folder that the run names.
+        device: None takes a GPU if there is one.
+
+    Raises:
+        CheckpointError: nothing to load there, or damaged, or of another shape than its own config says.
+        DataError: the data folder is gone, or holds another tokenizer than the run was trained with.
+    """
+    reader, run_folder = _open_checkpoint(path)
+    folder = _find_data(reader, run_folder) if data_folder is None else data_folder
+    manifest = read_manifest(folder)
+    tokenizer = Tokenizer.load(folder / manifest.tokenizer.path)
+    expected = reader.state["tokenizer_fingerprint"]
+    if tokenizer.fingerprint != expected:
+        raise DataError(
+            f"{reader.path} was trained with the tokenizer of fingerprint {expected}, and {folder} holds "
+            f"{tokenizer.fingerprint}; give the data folder of that run as data_folder=FOLDER"
+        )
+    return Restored(
+        model=_read_weights(reader, device=device, precision=precision),
+        tokenizer=tokenizer,
+        checkpoint=reader.path,
+        run_folder=run_folder,
+        step=reader.step,
+        state=reader.state,
+        data_folder=folder,
+        manifest=manifest,
+    )
+
+
+def _open_checkpoint(path: Path) -> tuple[CheckpointReader, Path | None]:
+    if not path.is_dir():
+        raise CheckpointError(f"no folder {path}; give checkpoint=RUN_FOLDER, as in checkpoint=runs/demo")
+    if path.name.startswith("step-"):
+        reader = CheckpointReader(path)
+        reader.verify()
+        parent = path.absolute().parent
+        return reader, parent.parent if parent.name == "checkpoints" else None
+    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    newest = newest_checkpoint(checkpoints)
+    if newest is None:
+        raise CheckpointError(f"no finished checkpoint in {checkpoints}; has the run saved one yet?")
+    return CheckpointReader(newest), checkpoints.parent if checkpoints.name == "checkpoints" else None
+
+
+def _find_data(reader: CheckpointReader, run_folder: Path | None) -> Path:
+    """The run's data folder, as it was given or relative to where the run was started."""
+    given = Path(reader.state["data_folder"])
+    candidates = [given]
+    facts = None if run_folder is None else run_folder / "run.json"
+    if facts is not None and facts.is_file():
+        attempts = read_json(facts)
+        candidates += [
+            Path(attempt["working_folder"]) / given
+            for attempt in (attempts if isinstance(attempts, list) else [attempts])
+            if "working_folder" in attempt
+        ]
+    for candidate in candidates:
+        if (candidate / MANIFEST_NAME).is_file():
+            return candidate
+    raise DataError(
+        f"the run's data folder {given} is not at {' or '.join(map(str, candidates))}; it is needed for the "
+        f"tokenizer: give its place as data_folder=FOLDER"
+    )
+
+
+def _read_weights(reader: CheckpointReader, *, device: str | None, precision: Precision) -> Transformer:
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**reader.state["model"]))
+    reader.require({name: weight.shape for name, weight in model.named_parameters()}, kinds=["weight"])
+    dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[precision]
+    model = model.to(dtype).to_empty(device=where).eval().requires_grad_(False)
+    for name, weight in model.named_parameters():
+        weight.copy_(torch.from_numpy(reader.read("weight", name)))
+    return model
