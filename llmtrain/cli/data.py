@@ -58,8 +58,8 @@ def summary_lines(report: Report) -> list[str]:
         )
     checks = next(entry for entry in manifest.funnel if entry["pass"] == "tokenize")
     lines.append(
-        f"tokenizer {manifest.tokenizer.vocab_size:,} pieces; {checks['checked_documents']:,} documents checked "
-        f"against SentencePiece, {checks['differing_documents']} differ"
+        f"tokenizer {manifest.tokenizer.vocab_size:,} pieces; of {checks['checked_documents']:,} documents "
+        f"encoded again by SentencePiece {checks['differing_documents']} differ"
     )
     times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in report.seconds.items())
     lines.append(f"time      {times}")

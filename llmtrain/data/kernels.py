@@ -114,9 +114,8 @@ def _space_width(text: Any, at: int, end: int) -> int:
 
 
 @compiled
-def _find(keys: Any, stamps: Any, stamp: int, key: Any) -> Any:
-    """Slot of `key`, or of the free place where it belongs. Slots with another stamp are free."""
-    mask = len(keys) - 1
+def _find(keys: Any, stamps: Any, mask: int, stamp: int, key: Any) -> Any:
+    """Slot of `key` among the first mask + 1, or the free one where it belongs. Another stamp means free."""
     slot = np.int64((key ^ (key >> np.uint64(32))) & np.uint64(mask))
     while stamps[slot] == stamp and keys[slot] != key:
         slot = (slot + 1) & mask
@@ -151,7 +150,7 @@ def measure(text: Any, offsets: Any) -> Any:
         for at in range(begin, end):
             if text[at] == 10:
                 num_line_ends += 1
-        capacity = len(keys)
+        capacity = 64
         while capacity < 4 * num_line_ends:
             capacity *= 2
         if capacity > len(keys):
@@ -186,7 +185,7 @@ def measure(text: Any, offsets: Any) -> Any:
                     if line_words > 0:
                         line_chars = num_chars - line_start_chars
                         key = line_hash ^ np.uint64(1)
-                        slot = _find(keys, stamps, stamp, key)
+                        slot = _find(keys, stamps, capacity - 1, stamp, key)
                         row[3] += 1
                         if stamps[slot] == stamp:
                             row[4] += 1
@@ -200,7 +199,7 @@ def measure(text: Any, offsets: Any) -> Any:
                         paragraph_lines += 1
                     if paragraph_lines > 0 and (line_words == 0 or at == end):
                         key = paragraph_hash * _MIX
-                        slot = _find(keys, stamps, stamp, key)
+                        slot = _find(keys, stamps, capacity - 1, stamp, key)
                         row[6] += 1
                         if stamps[slot] == stamp:
                             row[7] += 1
@@ -236,7 +235,7 @@ def measure(text: Any, offsets: Any) -> Any:
         row[1] = num_words
 
         # The n-gram that occurs most often, the longest of them if several do; 0 when none occurs twice.
-        capacity = len(keys)
+        capacity = 64
         while capacity < 2 * num_words:
             capacity *= 2
         if capacity > len(keys):
@@ -253,7 +252,7 @@ def measure(text: Any, offsets: Any) -> Any:
                     key = (key ^ word_hash[word]) * _MIX
                     key ^= key >> np.uint64(29)
                     num_gram_chars += word_chars[word]
-                slot = _find(keys, stamps, stamp, key)
+                slot = _find(keys, stamps, capacity - 1, stamp, key)
                 if stamps[slot] == stamp:
                     counts[slot] += 1
                     count = counts[slot]

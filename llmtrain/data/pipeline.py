@@ -14,8 +14,7 @@ import logging
 import platform
 import time
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,14 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-import xxhash
 import zstandard
 
 from llmtrain.data import kernels, python_docs
 from llmtrain.data.config import CorpusConfig, DataConfig, TokenizerConfig
-from llmtrain.data.decide import DECIDE_VERSION, KEPT, Verdicts, decide, split_order
+from llmtrain.data.decide import DECIDE_VERSION, split_order
 from llmtrain.data.engine import Engine, make_engine
 from llmtrain.data.manifest import (
     FORMAT_VERSION,
@@ -41,13 +38,25 @@ from llmtrain.data.manifest import (
     write_manifest,
 )
 from llmtrain.data.pack import plan_rows, write_pack
-from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit, unit_files
+from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
 from llmtrain.data.sources import Plan, Unit, plan_units
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, texts_of, tokenize_shard
 from llmtrain.data.tokenizer import words
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, MODEL_NAME, Tokenizer
 from llmtrain.data.tokenizer.train import KIND, train_tokenizer
+from llmtrain.data.verdicts import (
+    SPLITS,
+    Scanned,
+    check_closes,
+    check_quarantine,
+    digests,
+    draw,
+    load_bad_records,
+    load_signals,
+    scan_funnel,
+    write_verdicts,
+)
 from llmtrain.errors import DataError
 from llmtrain.files import FolderLock, atomic_write, free_bytes, hash_file, hash_json, read_json, write_json
 from llmtrain.progress import progress
@@ -55,7 +64,6 @@ from llmtrain.progress import progress
 log = logging.getLogger(__name__)
 
 KEY_LETTERS = 16
-SPLITS = ("train", "held_out")
 TEXT_OF_SOURCE = 0.22
 """First guess at text bytes a source byte of Python, measured on the packages of this project's
 environment."""
@@ -72,13 +80,6 @@ class Report:
     """Wall time by pass."""
     cpu_seconds: dict[str, float] = field(default_factory=dict)
     """This process's, by pass; workers are not in it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scanned:
-    key: str
-    units: list[Unit]
-    summaries: list[dict[str, Any]]
 
 
 def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
@@ -123,13 +124,6 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         seconds={name: wall for name, (wall, _) in report_times.items()},
         cpu_seconds={name: cpu for name, (_, cpu) in report_times.items()},
     )
-
-
-def check_closes(entry: Mapping[str, Any]) -> None:
-    """Assert that in = kept + dropped for everything that a pass of the funnel counts."""
-    for name, total in entry["in"].items():
-        rest = entry["kept"].get(name, 0) + sum(drop.get(name, 0) for drop in entry["dropped"].values())
-        assert total == rest, f"{entry['pass']}: {total} {name} came in, {rest} are accounted for: {entry}"
 
 
 # Pass 1.
@@ -193,192 +187,19 @@ def _decide(cfg: DataConfig, out: Path, scanned: Scanned) -> tuple[Path, dict[st
     )  # fmt: skip
     folder = out / "verdicts" / key
     done = folder / "summary.json"
+    quarantine = out / "quarantine" / scanned.key
     if not done.is_file():
-        table = _signals(out, scanned)
-        bad = _bad_records(out, scanned)
+        table = load_signals(out, scanned)
+        bad = load_bad_records(out, scanned)
         if cfg.corpus.max_text_bytes is not None:
-            table, bad = _draw(table, bad, cfg.corpus.max_text_bytes)
-        scan_funnel = _scan_funnel(table, bad)
-        _check_quarantine(cfg, out / "quarantine" / scanned.key, scan_funnel, bad)
-        _write_verdicts(cfg, folder, table, scan_funnel)
+            table, bad = draw(table, bad, cfg.corpus.max_text_bytes)
+        funnel = scan_funnel(table, bad)
+        check_quarantine(cfg, quarantine, funnel, bad)
+        write_verdicts(cfg, folder, table, funnel)
     else:
-        bad_share_funnel = read_json(done)["funnel"][0]
-        _check_quarantine(cfg, out / "quarantine" / scanned.key, bad_share_funnel, [])
+        check_quarantine(cfg, quarantine, read_json(done)["funnel"][0], [])
     summary: dict[str, Any] = read_json(done)
     return folder, summary
-
-
-def _signals(out: Path, scanned: Scanned) -> pa.Table:
-    """Signals of every document in the order of the input, with unit, row, path and record number of the
-    file."""
-    tables = []
-    records_before: Counter[str] = Counter()
-    for unit, summary in zip(scanned.units, scanned.summaries, strict=True):
-        with pa.OSFile(str(unit_files(out, scanned.key, unit.number).signals)) as handle:
-            table = pa.ipc.open_file(handle).read_all()
-        names = [piece.name for piece in unit.slices]
-        before = []
-        for name, num_records in zip(names, summary["num_records"], strict=True):
-            before.append(records_before[name])
-            records_before[name] += num_records
-        slices = table.column("slice").to_numpy()
-        records = table.column("record").to_numpy() + np.array(before, dtype=np.int64)[slices]
-        path = pa.DictionaryArray.from_arrays(pa.array(slices, pa.int32()), pa.array(names, pa.string()))
-        columns = {name: table.column(name) for name in table.column_names}
-        columns["record"] = pa.array(records, pa.int64())
-        columns["path"] = path.cast(pa.string())
-        columns["unit"] = pa.array(np.full(table.num_rows, unit.number, dtype=np.int32))
-        columns["row"] = pa.array(np.arange(table.num_rows, dtype=np.int64))
-        tables.append(pa.table(columns))
-    return (
-        pa.concat_tables(tables).combine_chunks() if tables else pa.table({"id": pa.array([], pa.binary(16))})
-    )
-
-
-def _bad_records(out: Path, scanned: Scanned) -> list[dict[str, Any]]:
-    """Every bad record, with the record number in its file; also written to `all.jsonl` in the quarantine."""
-    records: list[dict[str, Any]] = []
-    records_before: Counter[str] = Counter()
-    for unit, summary in zip(scanned.units, scanned.summaries, strict=True):
-        before = []
-        for piece, num_records in zip(unit.slices, summary["num_records"], strict=True):
-            before.append(records_before[piece.name])
-            records_before[piece.name] += num_records
-        if summary["num_bad"]:
-            with open(unit_files(out, scanned.key, unit.number).quarantine, encoding="utf-8") as handle:
-                for line in handle:
-                    record = json.loads(line)
-                    record["record"] += before[record["slice"]]
-                    record["unit"] = unit.number
-                    records.append(record)
-    if records:
-        with atomic_write(out / "quarantine" / scanned.key / "all.jsonl", "w") as handle:
-            shown = ("path", "record", "reason", "num_bytes", "detail")
-            lines = (
-                json.dumps({name: record[name] for name in shown}, ensure_ascii=False) for record in records
-            )
-            handle.writelines(f"{line}\n" for line in lines)
-    return records
-
-
-def _draw(table: pa.Table, bad: list[dict[str, Any]], cap: int) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """Cut after the document that reaches the cap. What was scanned beyond it was not drawn."""
-    reached = int(np.searchsorted(np.cumsum(table.column("num_bytes").to_numpy()), cap))
-    if reached >= table.num_rows:
-        return table, bad
-    last = (table.column("unit")[reached].as_py(), table.column("slice")[reached].as_py())
-    return table.slice(0, reached + 1), [
-        record for record in bad if (record["unit"], record["slice"]) <= last
-    ]
-
-
-def _scan_funnel(table: pa.Table, bad: list[dict[str, Any]]) -> dict[str, Any]:
-    raw_bytes = int(table.column("raw_bytes").to_numpy().sum()) if table.num_rows else 0
-    num_bytes = int(table.column("num_bytes").to_numpy().sum()) if table.num_rows else 0
-    dropped: dict[str, dict[str, int]] = {}
-    for record in bad:
-        drop = dropped.setdefault(record["reason"], {"documents": 0, "bytes": 0})
-        drop["documents"] += 1
-        drop["bytes"] += record["num_bytes"]
-    bad_bytes = sum(drop["bytes"] for drop in dropped.values())
-    if raw_bytes != num_bytes:
-        dropped["normalised_away"] = {"documents": 0, "bytes": raw_bytes - num_bytes}
-    return {
-        "pass": "scan",
-        "in": {"documents": table.num_rows + len(bad), "bytes": raw_bytes + bad_bytes},
-        "kept": {"documents": table.num_rows, "bytes": num_bytes},
-        "dropped": dict(sorted(dropped.items())),
-    }
-
-
-def _check_quarantine(
-    cfg: DataConfig, folder: Path, funnel: dict[str, Any], bad: list[dict[str, Any]]
-) -> None:
-    """Stop when there is nothing to read, or when too many records are bad."""
-    num_records, num_kept = funnel["in"]["documents"], funnel["kept"]["documents"]
-    if num_records == 0:
-        where = ", ".join(cfg.corpus.paths) or cfg.corpus.dataset or "this Python installation"
-        raise DataError(f"corpus {cfg.corpus.name} is empty: no document in {where}")
-    share = 1 - num_kept / num_records
-    if share > cfg.max_quarantine_share:
-        reasons = {name: drop["documents"] for name, drop in funnel["dropped"].items() if drop["documents"]}
-        counts = ", ".join(
-            f"{name} {count:,}" for name, count in sorted(reasons.items(), key=lambda item: -item[1])
-        )
-        first = next((f"; the first: {r['path']}, record {r['record']}: {r['detail']}" for r in bad), "")
-        raise DataError(
-            f"{num_records - num_kept:,} of {num_records:,} records ({share:.2%}) are bad, more than "
-            f"max_quarantine_share={cfg.max_quarantine_share:.2%}: {counts}{first}. All are listed in "
-            f"{folder / 'all.jsonl'}; mend them, or raise max_quarantine_share"
-        )
-
-
-def _write_verdicts(cfg: DataConfig, folder: Path, table: pa.Table, scan_funnel: dict[str, Any]) -> None:
-    """Decide, and write one table a split and one of what was dropped; `summary.json` comes last."""
-    signals = {name: table.column(name).to_numpy() for name in (*kernels.SIGNALS, "num_bytes")}
-    content, ids = _digests(table, "content"), _digests(table, "id")
-    verdicts = decide(signals, content, ids, cfg.rules, cfg.held_out)
-    num_bytes = signals["num_bytes"]
-    parts = {
-        "train": (verdicts.reason == KEPT) & ~verdicts.is_held_out,
-        "held_out": verdicts.is_held_out,
-        "dropped": verdicts.reason != KEPT,
-    }
-    digest = xxhash.xxh3_128()
-    shown = table.select(["unit", "row", "id", "content", "source", "path", "record"])
-    shown = shown.append_column("text_bytes", table.column("num_bytes"))
-    reason = np.array([*verdicts.reasons, ""])[verdicts.reason]
-    for name, mask in parts.items():
-        part = shown.append_column("reason", pa.array(reason)).filter(pa.array(mask)).combine_chunks()
-        with atomic_write(folder / f"{name}.arrow") as handle, pa.ipc.new_file(handle, part.schema) as writer:
-            writer.write_table(part)
-        if name in SPLITS:
-            _update_digest(digest, name, part)
-    funnel = _decide_funnel(verdicts, parts, num_bytes)
-    for entry in (scan_funnel, funnel):
-        check_closes(entry)
-    write_json(
-        folder / "summary.json",
-        {
-            "funnel": [scan_funnel, funnel],
-            "documents_digest": digest.hexdigest(),
-            "num_documents": {name: int(parts[name].sum()) for name in SPLITS},
-            "text_bytes": {name: int(num_bytes[parts[name]].sum()) for name in SPLITS},
-        },
-    )
-
-
-def _decide_funnel(
-    verdicts: Verdicts, parts: dict[str, npt.NDArray[np.bool_]], num_bytes: npt.NDArray[np.int64]
-) -> dict[str, Any]:
-    kept = {
-        name: {"documents": int(parts[name].sum()), "bytes": int(num_bytes[parts[name]].sum())}
-        for name in SPLITS
-    }
-    return {
-        "pass": "decide",
-        "in": {"documents": len(num_bytes), "bytes": int(num_bytes.sum())},
-        "kept": {what: sum(kept[name][what] for name in SPLITS) for what in ("documents", "bytes")},
-        "dropped": verdicts.dropped(num_bytes),
-        "splits": kept,
-    }
-
-
-def _digests(table: pa.Table, name: str) -> npt.NDArray[np.uint8]:
-    """A binary(16) column as [n, 16]."""
-    column = table.column(name).combine_chunks()
-    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-    raw = np.frombuffer(column.buffers()[1], dtype=np.uint8) if len(column) else np.zeros(0, dtype=np.uint8)
-    return raw.reshape(-1, 16)[column.offset : column.offset + len(column)]
-
-
-def _update_digest(digest: Any, split: str, part: pa.Table) -> None:
-    """Take in everything about the documents that the output shows, in order."""
-    digest.update(f"{split}:{part.num_rows};".encode())
-    for name in ("id", "content"):
-        digest.update(_digests(part, name).tobytes())
-    for name in ("source", "path", "record"):
-        digest.update("\x1f".join(map(str, part.column(name).to_pylist())).encode())
 
 
 # Pass 3.
@@ -420,7 +241,7 @@ def _train_tokenizer(
 ) -> None:
     with pa.memory_map(str(verdicts / "train.arrow")) as handle:
         table = pa.ipc.open_file(handle).read_all()
-        order = np.argsort(split_order(_digests(table, "content"), cfg.seed, "tokenizer"), kind="stable")
+        order = np.argsort(split_order(digests(table, "content"), cfg.seed, "tokenizer"), kind="stable")
         text_bytes = table.column("text_bytes").to_numpy()[order]
         num_drawn = max(1, int((np.cumsum(text_bytes) <= cfg.sample_bytes).sum()))
         sample = table.take(pa.array(np.sort(order[:num_drawn])))
@@ -655,5 +476,5 @@ def _disk_full_explained(out: Path) -> Iterator[None]:
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         raise DataError(
             f"no space left for {out}: {written:,} bytes written, {free_bytes(out):,} bytes free on its "
-            "file system. Free some or give another out=FOLDER; the same command then goes on where it stopped"
+            "file system. Free some, or give another out=FOLDER; the same command then goes on where it was"
         ) from error

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,23 +26,26 @@ from llmtrain.data.kernels import compiled
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 STDLIB_SOURCE = "python"
+NO_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
 
 _HASH, _LF, _CR, _BACKSLASH, _SPACE, _TAB, _FORM_FEED = 35, 10, 13, 92, 32, 9, 12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class InstalledFile:
-    path: Path
+    path: str
     name: str
-    """`<source>/<path inside its root>`: equal on every machine with the same packages."""
+    """`<root>/<path inside it>`: equal on every machine with the same packages."""
     source: str
     num_bytes: int
+    changed_ns: int
+    """Time of the last change."""
 
 
 def installed_files() -> list[InstalledFile]:
     """Every file of the installation that may hold text, sorted by name."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    roots = dict.fromkeys(Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
+    stdlib = sysconfig.get_path("stdlib")
+    roots = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     found = [file for root in (stdlib, *roots) for file in _walk(root, is_stdlib=root == stdlib)]
     return sorted({file.name: file for file in found}.values(), key=lambda file: file.name)
 
@@ -52,29 +55,23 @@ def draw_order(files: list[InstalledFile], seed: int) -> list[InstalledFile]:
     return sorted(files, key=lambda file: xxhash.xxh3_128_digest(f"{seed}\x1f{file.name}".encode()))
 
 
-def _walk(root: Path, *, is_stdlib: bool) -> list[InstalledFile]:
-    files = []
+def _walk(root: str, *, is_stdlib: bool) -> Iterator[InstalledFile]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if name not in ("__pycache__", "site-packages", "dist-packages")
-        ]
+        subfolders[:] = [name for name in subfolders if name not in NO_FOLDERS]
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        package = inside.partition("/")[0].partition("-")[0]
         for name in names:
             if not name.endswith(SUFFIXES):
                 continue
-            path = Path(folder, name)
-            inside = path.relative_to(root)
-            source = STDLIB_SOURCE if is_stdlib else inside.parts[0].removesuffix(".py").split("-")[0]
-            prefix = STDLIB_SOURCE if is_stdlib else "site-packages"
+            path = os.path.join(folder, name)
             try:
-                num_bytes = path.stat().st_size
+                stat = os.stat(path)
             except OSError:  # a dangling link
                 continue
-            files.append(
-                InstalledFile(
-                    path=path, name=f"{prefix}/{inside.as_posix()}", source=source, num_bytes=num_bytes
-                )
-            )
-    return files
+            source = STDLIB_SOURCE if is_stdlib else name.removesuffix(".py") if inside == "." else package
+            place = "python" if is_stdlib else "site-packages"
+            full_name = f"{place}/{name}" if inside == "." else f"{place}/{inside}/{name}"
+            yield InstalledFile(path, full_name, source, stat.st_size, stat.st_mtime_ns)
 
 
 def extract(sources: list[bytes]) -> list[bytes]:

@@ -461,12 +461,16 @@ def _python_docs_slices(cfg: CorpusConfig) -> tuple[list[Slice], list[Any]]:
     files = python_docs.draw_order(python_docs.installed_files(), cfg.draw_seed)
     slices = [
         Slice(
-            path=str(file.path), name=file.name, source=file.source, start=0, end=file.num_bytes,
-            num_bytes=file.num_bytes
+            path=file.path,
+            name=file.name,
+            source=file.source,
+            start=0,
+            end=file.num_bytes,
+            num_bytes=file.num_bytes,
         )
         for file in files
-    ]  # fmt: skip
-    return slices, [[file.name, file.num_bytes, file.path.stat().st_mtime_ns] for file in files]
+    ]
+    return slices, [[file.name, file.num_bytes, file.changed_ns] for file in files]
 
 
 def _read_python_docs(unit: Unit) -> Iterator[tuple[Slice, Iterator[Record]]]:
