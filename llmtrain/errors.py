@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 
 class LLMTrainError(Exception):
-    """Base of every error that is not a bug in llmtrain. The command line prints its message, and exits with 2."""
+    """Base of every error that is not a bug in llmtrain. The command line prints its message, and exits
+    with 2."""
 
 
 class ConfigError(LLMTrainError, ValueError):
@@ -38,6 +39,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}" if hint else (
-        f"unknown {kind} {name!r}; known: {', '.join(names)}"
+    return (
+        f"unknown {kind} {name!r}{hint} Known: {', '.join(names)}"
+        if hint
+        else (f"unknown {kind} {name!r}; known: {', '.join(names)}")
     )

@@ -71,7 +71,8 @@ def read_json(path: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A config dataclass as dicts, lists, numbers and strings; an enum becomes its member's name, as a user types it."""
+    """A config dataclass as dicts, lists, numbers and strings; an enum becomes its member's name, as a user
+    types it."""
     if is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Enum):

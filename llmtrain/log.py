@@ -1,4 +1,5 @@
-"""Log set-up for the command line: rank 0 speaks, the others only warn, and each line says which rank it is."""
+"""Log set-up for the command line: rank 0 speaks, the others only warn, and each line says which rank it
+is."""
 
 from __future__ import annotations
 

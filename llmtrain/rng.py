@@ -1,6 +1,6 @@
 """Named random streams: what is random is a function of a seed and a name, never of what ran before.
 
-    rng.stream(seed, "init", "layers.3.attention.wq.weight")
+rng.stream(seed, "init", "layers.3.attention.wq.weight")
 """
 
 from __future__ import annotations

@@ -20,7 +20,11 @@ def format_bytes(num_bytes: float) -> str:
     """Powers of 1024: 1536 -> '1.5 KiB'."""
     for scale, suffix in _BYTES:
         if abs(num_bytes) >= scale:
-            return f"{num_bytes / scale:.3g} {suffix}" if num_bytes < 1000 * scale else f"{num_bytes / scale:.0f} {suffix}"
+            return (
+                f"{num_bytes / scale:.3g} {suffix}"
+                if num_bytes < 1000 * scale
+                else f"{num_bytes / scale:.0f} {suffix}"
+            )
     return f"{num_bytes:.0f} B"
 
 

@@ -40,12 +40,12 @@ def conf_folder() -> Path:
 
 
 def run_verb(name: str, schema: type[Root], function: Callable[[Root], None]) -> None:
-    """Compose `conf/<name>.yaml` with the command line, check it against `schema`, and call `function` with it.
+    """Compose `conf/<name>.yaml` with the command line, check it against `schema`, call `function` with it.
 
     The schema goes into Hydra's ConfigStore as `<name>_schema`; the YAML names it first in its defaults list.
     """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us: Hydra would print its own text and exit with 1
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors reach us: Hydra would print its own text, and exit 1
 
     @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name=name)
     def compose_and_run(composed: DictConfig) -> None:
@@ -82,9 +82,10 @@ def _refuse_unknown(node: DictConfig, *, prefix: str) -> None:
     """Raise on a key that no dataclass has: `+group.key=value` gets past OmegaConf's own check."""
     owner = OmegaConf.get_type(node)
     known = {field.name for field in fields(owner)} if owner is not None and is_dataclass(owner) else None
-    for key in node:
+    for key in map(str, node):
         if known is not None and key not in known:
-            raise ConfigError(unknown_name("setting", f"{prefix}{key}", [f"{prefix}{name}" for name in known]))
+            names = [f"{prefix}{name}" for name in known]
+            raise ConfigError(unknown_name("setting", f"{prefix}{key}", names))
         inner = node._get_node(key)
         if isinstance(inner, DictConfig) and not inner._is_none():
             _refuse_unknown(inner, prefix=f"{prefix}{key}.")

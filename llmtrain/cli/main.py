@@ -22,7 +22,7 @@ VERBS = {
 def usage() -> str:
     lines = ["usage: llmtrain VERB [key=value ...]", ""]
     lines += [f"  {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
-    lines += ["", "`llmtrain VERB --help` shows every setting of a verb; `--cfg job` shows the composed config."]
+    lines += ["", "`llmtrain VERB --help` shows every setting of a verb; `--cfg job` the composed config."]
     return "\n".join(lines)
 
 

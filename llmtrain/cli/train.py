@@ -1,4 +1,5 @@
-"""`llmtrain train`: check everything that can be checked, then run. Started by torchrun it is one of many ranks."""
+"""`llmtrain train`: check everything that can be checked, then run. Started by torchrun it is one of many
+ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def run(cfg: TrainRoot) -> None:
     if cfg.check_only:
         report_check(cfg)
     elif folder is not None:
-        # A job of a --multirun gets a process: DeepSpeed keeps its groups in globals, so one cannot start it twice.
+        # A job of a --multirun gets a process: DeepSpeed keeps its groups in globals, so one cannot start
+        # it twice.
         job = multiprocessing.get_context("spawn").Process(target=run_job, args=(cfg,))
         job.start()
         job.join()

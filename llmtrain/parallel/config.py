@@ -9,14 +9,16 @@ from llmtrain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Every rank is a data-parallel rank; what a rank keeps of the training state is the ZeRO stage's choice."""
+    """Every rank is a data-parallel rank; what a rank keeps of the training state is the ZeRO stage's
+    choice."""
 
     zero_stage: int = 1
     """0: every rank keeps all; 1: optimizer states are split; 2: gradients too; 3: weights too
     (Rajbhandari et al. 2020, arXiv:1910.02054)."""
 
     world_size: int | None = None
-    """Ranks that the run is meant for. A launch with another number is refused; null takes any that divides the batch."""
+    """Ranks that the run is meant for. A launch with another number is refused; null takes any that divides
+    the batch."""
 
     def __post_init__(self) -> None:
         if self.world_size is not None and self.world_size < 1:

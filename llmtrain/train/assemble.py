@@ -1,4 +1,5 @@
-"""The one file that knows every room. It reads as a recipe: ranks, checks, rows, layers, engine, weights, loop."""
+"""The one file that knows every room. It reads as a recipe: ranks, checks, rows, layers, engine, weights,
+loop."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ CHECKPOINT_BYTES_PER_PARAM = 12
 """fp32 weight and AdamW's two moments."""
 
 VERIFY_CONTENT_BELOW_BYTES = 2 << 30
-"""A check on a login node hashes shards up to this sum, about two seconds' worth; above it compares sizes only."""
+"""A check on a login node hashes shards up to this sum, about two seconds' worth; above it compares sizes
+only."""
 
 FIXED_BY_CHECKPOINT = ("model", "run.seed", "data.seq_len")
 """Settings that a resume may not change: the weights' shapes, and the order of the rows."""
@@ -94,18 +95,21 @@ def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> Non
         found.facts.append("ranks: not known here; give parallel.world_size to check the batch against them")
     elif rows % (micro * ranks):
         found.problems.append(
-            f"train.global_batch_rows={rows} is not a multiple of train.micro_batch_rows * ranks = {micro} * {ranks} "
+            f"train.global_batch_rows={rows} is not a multiple of train.micro_batch_rows * ranks = "
+            f"{micro} * {ranks} "
             f"= {micro * ranks}; change one of them"
         )
     else:
         accumulation = rows // (micro * ranks)
         found.facts.append(
             f"global batch {cfg.step_tokens:,} tokens = {micro} rows x {cfg.data.seq_len} x {accumulation} "
-            f"accumulation x {ranks} dp; {cfg.total_steps:,} steps = {cfg.total_steps * cfg.step_tokens:,} tokens"
+            f"accumulation x {ranks} dp; {cfg.total_steps:,} steps = "
+            f"{cfg.total_steps * cfg.step_tokens:,} tokens"
         )
     if cfg.train.precision is Precision.bf16 and cfg.parallel.zero_stage == 0:
         found.problems.append(
-            "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 gives wrong "
+            "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 "
+            "gives wrong "
             "gradient norms; set parallel.zero_stage=1"
         )
 
@@ -119,7 +123,8 @@ def _check_schedule(cfg: TrainRoot, found: Findings) -> None:
         )
     if cfg.train.save_every_steps > cfg.total_steps:
         found.warnings.append(
-            f"train.save_every_steps={cfg.train.save_every_steps} is more than the run's {cfg.total_steps} steps: "
+            f"train.save_every_steps={cfg.train.save_every_steps} is more than the run's "
+            f"{cfg.total_steps} steps: "
             f"the only checkpoint is the last one"
         )
 
@@ -141,20 +146,24 @@ def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
         )
     if cfg.model.vocab_size < manifest.tokenizer.vocab_size:
         found.problems.append(
-            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer in {folder}, "
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer "
+            f"in {folder}, "
             f"{manifest.tokenizer.vocab_size}; set model.vocab_size={manifest.tokenizer.vocab_size} or more"
         )
     elif cfg.model.vocab_size > manifest.tokenizer.vocab_size:
         found.warnings.append(
-            f"model.vocab_size={cfg.model.vocab_size} is more than the tokenizer's {manifest.tokenizer.vocab_size}: "
+            f"model.vocab_size={cfg.model.vocab_size} is more than the tokenizer's "
+            f"{manifest.tokenizer.vocab_size}: "
             f"{cfg.model.vocab_size - manifest.tokenizer.vocab_size} rows of the embedding are padding"
         )
     needed = cfg.total_steps * cfg.train.global_batch_rows
     epochs = needed / max(1, pack.num_rows)
     if epochs > cfg.data.max_epochs:
         found.problems.append(
-            f"too little data: {cfg.total_steps:,} steps x {cfg.train.global_batch_rows} rows need {needed:,} rows, "
-            f"{epochs:.1f} epochs of the {pack.num_rows:,} in {folder}, and data.max_epochs={cfg.data.max_epochs:g}; "
+            f"too little data: {cfg.total_steps:,} steps x {cfg.train.global_batch_rows} rows need "
+            f"{needed:,} rows, "
+            f"{epochs:.1f} epochs of the {pack.num_rows:,} in {folder}, and "
+            f"data.max_epochs={cfg.data.max_epochs:g}; "
             f"add text, lower train.total_tokens, or raise data.max_epochs"
         )
     else:
@@ -191,7 +200,8 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> 
     if manifest is not None and manifest.hash() != reader.state["manifest_hash"]:
         found.problems.append(
             f"the data in {cfg.data.folder} is not what step {reader.step} was trained on (manifest "
-            f"{manifest.hash()[:12]}, checkpoint {reader.state['manifest_hash'][:12]}); point data.folder at the old "
+            f"{manifest.hash()[:12]}, checkpoint {reader.state['manifest_hash'][:12]}); point "
+            "data.folder at the old "
             f"data, or use run.intent=warm_start to go on with other data"
         )
 
@@ -240,8 +250,10 @@ def _check_disk(cfg: TrainRoot, found: Findings) -> None:
     free = files.free_bytes(folder)
     if free < needed:
         found.problems.append(
-            f"not enough disk space in {existing}: {cfg.train.keep_checkpoints} + 1 checkpoints of {format_bytes(one)} "
-            f"need {format_bytes(needed)}, {format_bytes(free)} are free; lower train.keep_checkpoints or make room"
+            f"not enough disk space in {existing}: {cfg.train.keep_checkpoints} + 1 checkpoints of "
+            f"{format_bytes(one)} "
+            f"need {format_bytes(needed)}, {format_bytes(free)} are free; lower "
+            "train.keep_checkpoints or make room"
         )
     else:
         found.facts.append(

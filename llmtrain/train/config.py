@@ -20,13 +20,15 @@ class Intent(Enum):
     resume = "resume"
     """Continue from the newest verified checkpoint; an error without one."""
     fresh_or_resume = "fresh_or_resume"
-    """Fresh in an empty folder, else resume: for a command that a scheduler or a person repeats until the run is over."""
+    """Fresh in an empty folder, else resume: for a command that a scheduler or a person repeats until the
+    run is over."""
     warm_start = "warm_start"
     """Step 0, fresh optimizer, weights of run.init_from; an error over a folder that holds a run."""
 
 
 class Precision(Enum):
-    """Number format of weights and activations in the forward and backward pass. Master weights are fp32 always."""
+    """Number format of weights and activations in the forward and backward pass. Master weights are fp32
+    always."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -48,7 +50,8 @@ class RunConfig:
     init_from: str | None = None
     """A run folder or a checkpoint; only for intent=warm_start."""
     plan: str | None = None
-    """The plan.json that `llmtrain plan` wrote, for the report to hold this run against; null: no plan was made."""
+    """The plan.json that `llmtrain plan` wrote, for the report to hold this run against; null: no plan was
+    made."""
 
     def __post_init__(self) -> None:
         if (self.intent is Intent.warm_start) != (self.init_from is not None):
@@ -80,7 +83,8 @@ class TrainConfig:
     process_group_timeout_s: float = 600.0
     """How long a rank waits for the others in a collective before it gives up."""
     device_peak_tflops: float | None = None
-    """Peak of one device in this precision, dense; null leaves MFU out. `llmtrain bench peak` measures a CPU's."""
+    """Peak of one device in this precision, dense; null leaves MFU out. `llmtrain bench peak` measures a
+    CPU's."""
     device_peak_source: str | None = None
     """Where device_peak_tflops comes from: printed beside every MFU."""
 
@@ -96,7 +100,8 @@ class TrainConfig:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
         if self.eval_every_steps < 0 or self.grad_clip < 0:
             raise ConfigError(
-                f"train.eval_every_steps={self.eval_every_steps} and train.grad_clip={self.grad_clip} must not be "
+                f"train.eval_every_steps={self.eval_every_steps} and train.grad_clip={self.grad_clip} "
+                "must not be "
                 f"negative; 0 switches them off"
             )
         if self.eval_rows is not None and self.eval_rows < 1:
@@ -142,7 +147,8 @@ class ScheduleConfig:
     """The learning rate as a function of tokens seen, so that a change of batch size cannot stretch it."""
 
     kind: ScheduleKind = ScheduleKind.cosine
-    """cosine: half a cosine from peak to floor; wsd: constant, then linear to the floor over the last decay_tokens."""
+    """cosine: half a cosine from peak to floor; wsd: constant, then linear to the floor over the last
+    decay_tokens."""
     warmup_tokens: int = 0
     """Tokens over which the rate rises linearly from 0 to peak."""
     decay_tokens: int | None = None
@@ -158,7 +164,8 @@ class ScheduleConfig:
             )
         if self.warmup_tokens < 0 or (self.decay_tokens or 0) < 0 or not 0 <= self.floor_ratio <= 1:
             raise ConfigError(
-                f"need schedule.warmup_tokens >= 0, schedule.decay_tokens >= 0 and 0 <= schedule.floor_ratio <= 1, got "
+                "need schedule.warmup_tokens >= 0, schedule.decay_tokens >= 0 and 0 <= "
+                "schedule.floor_ratio <= 1, got "
                 f"{self.warmup_tokens}, {self.decay_tokens} and {self.floor_ratio}"
             )
 

@@ -1,4 +1,5 @@
-"""DeepSpeed's configuration, written out in full: no default of its own decides anything that changes numbers."""
+"""DeepSpeed's configuration, written out in full: no default of its own decides anything that changes
+numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from llmtrain.train.config import Precision, TrainConfig
 
 
 def deepspeed_config(train: TrainConfig, parallel: ParallelConfig, *, dp_size: int) -> dict[str, Any]:
-    """Keys are checked by a test against DeepSpeed's own readers: it accepts unknown top-level keys in silence."""
+    """Keys are checked by a test against DeepSpeed's own readers: it accepts unknown top-level keys in
+    silence."""
     return {
         "train_batch_size": train.global_batch_rows,
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,

@@ -2,11 +2,14 @@
 
 What DeepSpeed 0.19.8 does and this file relies on, each held by a test that runs it:
 
-* Gradients are divided by gradient_accumulation_steps and by the data-parallel size. A micro batch's loss sum is scaled
+* Gradients are divided by gradient_accumulation_steps and by the data-parallel size. A micro batch's loss
+  sum is scaled
   by their product over the step's valid targets, so the gradient is that of one global mean.
-* At ZeRO 1-2 a parameter's `_hp_mapping` names the piece of it that this rank's flat fp32 partition holds; at ZeRO-3
+* At ZeRO 1-2 a parameter's `_hp_mapping` names the piece of it that this rank's flat fp32 partition holds;
+  at ZeRO-3
   every rank holds the same share of every parameter, padded at the end.
-* The fp32 master weights are made from the low-precision ones at `initialize`. They are overwritten here, so a bf16 run
+* The fp32 master weights are made from the low-precision ones at `initialize`. They are overwritten here,
+  so a bf16 run
   starts from, and resumes with, full-precision weights.
 """
 
@@ -25,6 +28,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from llmtrain.errors import LaunchError
 from llmtrain.loader.batches import Batch
@@ -50,7 +54,8 @@ OPTIMIZER_KINDS = ("exp_avg", "exp_avg_sq")
 
 
 def init_ranks(*, timeout_s: float) -> torch.device:
-    """Join the process group that torchrun (or nobody: then a group of one) set up, and return this rank's device.
+    """Join the process group that torchrun (or nobody: then a group of one) set up, and return this rank's
+    device.
 
     Raises:
         LaunchError: the rendezvous port is taken, or not every rank arrived in time.
@@ -62,11 +67,12 @@ def init_ranks(*, timeout_s: float) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cpu":
-        # Without this DeepSpeed compiles a shared-memory all-reduce with g++ at the first start of every machine.
+        # Without this DeepSpeed compiles a shared-memory all-reduce with g++ at the first start of every
+        # machine.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
     if "WORLD_SIZE" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         at = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         try:
@@ -106,7 +112,8 @@ class StepResult:
 
 
 class Engine:
-    """A module under DeepSpeed with its optimizer. `model(tokens, positions, segments, targets)` returns a loss sum."""
+    """A module under DeepSpeed with its optimizer. `model(tokens, positions, segments, targets)` returns a
+    loss sum."""
 
     def __init__(
         self,
@@ -117,7 +124,8 @@ class Engine:
         parallel: ParallelConfig,
         optimizer: OptimizerConfig,
     ) -> None:
-        """`model` comes out of `build_context`: on the meta device, or already split. Weights are undefined until `load`."""
+        """`model` comes out of `build_context`: on the meta device, or already split. Weights are undefined
+        until `load`."""
         self.device = device
         self.rank = dist.get_rank()
         self.dp_size = dist.get_world_size()
@@ -137,10 +145,12 @@ class Engine:
             optimizer=build_optimizer(model, optimizer),
             config=deepspeed_config(train, parallel, dp_size=self.dp_size),
         )
-        self._parameters: dict[str, nn.Parameter] = dict(self._engine.module.named_parameters())
+        # Any: DeepSpeed hangs attributes of its own on parameters
+        self._parameters: dict[str, Any] = dict(self._engine.module.named_parameters())
         self.num_optimizer_steps = 0
 
-    # -- the step ---------------------------------------------------------------------------------------------
+    # -- the step
+    # ---------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """One optimizer update from this rank's micro batches. Every rank calls it with as many."""
@@ -206,7 +216,8 @@ class Engine:
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    # -- the state --------------------------------------------------------------------------------------------
+    # -- the state
+    # --------------------------------------------------------------------------------------------
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns of weights and optimizer state: over all ranks, every element exactly once."""
@@ -221,7 +232,8 @@ class Engine:
                     yield Piece(kind=kind, name=name, shape=self.shapes[name], start=start, values=array)
 
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
-        """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from `source`."""
+        """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
+        `source`."""
         kinds = ("weight", *OPTIMIZER_KINDS) if num_optimizer_steps else ("weight",)
         if num_optimizer_steps:
             self._create_optimizer_state(num_optimizer_steps)
@@ -252,7 +264,8 @@ class Engine:
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 master = self._optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-                # Not mapping.get_hp_fragment(kind): DeepSpeed links AdamW's state after the first group's first step,
+                # Not mapping.get_hp_fragment(kind): DeepSpeed links AdamW's state after the first group's
+                # first step,
                 # when the second group has none yet, and never again.
                 whole = master if kind == "weight" else self._torch_state[master][kind]
                 at = mapping.get_hp_fragment_address()

@@ -44,7 +44,8 @@ class Progress:
 
 
 class StopSignal:
-    """Set by SIGTERM, SIGINT or SIGUSR1 on any rank; polled once a step, so that every rank leaves after the same one."""
+    """Set by SIGTERM, SIGINT or SIGUSR1 on any rank; polled once a step, so that every rank leaves after
+    the same one."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -66,7 +67,8 @@ def train(
     stop: StopSignal,
     start_up: StartUp,
 ) -> None:
-    """Run from `progress` until train.total_tokens are consumed, or to the end of the step after a stop signal.
+    """Run from `progress` until train.total_tokens are consumed, or to the end of the step after a stop
+    signal.
 
     Args:
         recorder: Where metrics go; on ranks other than 0 it writes nothing.
@@ -95,8 +97,10 @@ def train(
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             recorder.event("diverged", progress.step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
             raise DivergedError(
-                f"loss={result.loss} and gradient norm={result.grad_norm} at step {progress.step + 1}, lr={lr:.3g}, "
-                f"rows {progress.position} to {progress.position + rows_per_step - 1}; the newest checkpoint is "
+                f"loss={result.loss} and gradient norm={result.grad_norm} at step "
+                f"{progress.step + 1}, lr={lr:.3g}, "
+                f"rows {progress.position} to {progress.position + rows_per_step - 1}; the newest "
+                "checkpoint is "
                 f"older: resume with a lower optimizer.peak_lr"
             )
         progress.step += 1

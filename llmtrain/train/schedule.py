@@ -12,8 +12,8 @@ def learning_rate(
 ) -> float:
     """The rate of the update that consumes tokens [tokens_seen, tokens_seen + step_tokens).
 
-    Warm-up counts the step's own tokens, so the first update moves and the rate reaches `peak` with the step that
-    completes `warmup_tokens`. Past `total_tokens` the rate stays at the floor.
+    Warm-up counts the step's own tokens, so the first update moves and the rate reaches `peak` with the
+    step that completes `warmup_tokens`. Past `total_tokens` the rate stays at the floor.
     """
     floor = peak * cfg.floor_ratio
     if tokens_seen < cfg.warmup_tokens:

@@ -1,4 +1,5 @@
-"""One rank of test_engine_parity: train under every ZeRO stage asked for, print losses, norms and final weights."""
+"""One rank of test_engine_parity: train under every ZeRO stage asked for, print losses, norms and final
+weights."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ SEQ_LEN, ROWS, STEPS, CLIP, SEED = 24, 8, 20, 0.5, 5
 
 
 def batch_of(step: int, first: int, last: int) -> Batch:
-    """Rows [first, last) of a step: random tokens, two documents a row, and very uneven numbers of targets."""
+    """Rows [first, last) of a step: random tokens, two documents a row, and very uneven numbers of
+    targets."""
     rows = []
     for row in range(first, last):
         random = np.random.default_rng([step, row])
@@ -34,7 +36,9 @@ def batch_of(step: int, first: int, last: int) -> Batch:
         targets[int(random.integers(6, SEQ_LEN)) :] = -100
         positions = np.concatenate([np.arange(cut), np.arange(SEQ_LEN - cut)])
         rows.append((tokens[:-1], targets, positions, np.repeat([0, 1], [cut, SEQ_LEN - cut])))
-    tokens, targets, positions, segments = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+    tokens, targets, positions, segments = (
+        torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)
+    )
     return Batch(
         tokens_BS=tokens,
         targets_BS=targets,
@@ -51,7 +55,10 @@ def reference() -> dict[str, list[float]]:
     matrices = [p for n, p in model.named_parameters() if not n.endswith("norm.weight")]
     norms = [p for n, p in model.named_parameters() if n.endswith("norm.weight")]
     adamw = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": OPTIMIZER.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ],
         lr=OPTIMIZER.peak_lr,
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
         eps=OPTIMIZER.eps,
@@ -118,7 +125,9 @@ def whole_checksums(engine: object) -> list[float]:
     flat = {name: np.full(int(np.prod(shape)), np.nan, np.float32) for name, shape in engine.shapes.items()}  # type: ignore[attr-defined]
     for pieces in gathered:
         for name, start, values in pieces:
-            assert np.isnan(flat[name][start : start + len(values)]).all(), f"{name} is owned twice at {start}"
+            assert np.isnan(flat[name][start : start + len(values)]).all(), (
+                f"{name} is owned twice at {start}"
+            )
             flat[name][start : start + len(values)] = values
     assert not any(np.isnan(values).any() for values in flat.values()), "an element is owned by nobody"
     return checksums({name: torch.from_numpy(values) for name, values in flat.items()})
@@ -130,6 +139,8 @@ if __name__ == "__main__":
     init_ranks(timeout_s=120)
     cases = json.loads(sys.argv[1])
     print(
-        json.dumps({f"{stage}/{micro}/{kind}": run(stage, micro, Precision[kind]) for stage, micro, kind in cases})
+        json.dumps(
+            {f"{stage}/{micro}/{kind}": run(stage, micro, Precision[kind]) for stage, micro, kind in cases}
+        )
     )
     dist.destroy_process_group()

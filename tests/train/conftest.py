@@ -1,6 +1,7 @@
 """Runs of `llmtrain train` without paying for torch's and DeepSpeed's import each time.
 
-A fork server imports them once; every rank of every run is a fork of it, a process of its own that can be killed.
+A fork server imports them once; every rank of every run is a fork of it, a process of its own that can be
+killed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parent / "dist"))
-
 from data_folder import train_arguments, write_data_folder
 from ranks import free_port
 
@@ -86,14 +82,15 @@ class Launcher:
         self._count += 1
         shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if num_ranks > 1:
-            shared |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            shared |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+            shared |= {"MASTER_PORT": str(free_port())}
         run = Run([], [])
         self._runs.append(run)
         for rank in range(num_ranks):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             output = self._folder / f"{self._count}-{rank}.txt"
             process = self._context.Process(
-                target=_be_a_rank, args=(list(arguments), shared | own | environment, str(output)), daemon=False
+                target=_be_a_rank, args=(list(arguments), shared | own | environment, str(output))
             )
             process.start()
             run.processes.append(process)
@@ -110,8 +107,10 @@ class Launcher:
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    slow_to_import = ["llmtrain.train.assemble", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(slow_to_import)
+    slow_to_import = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["llmtrain.train.assemble", *slow_to_import]
+    )
     launcher = Launcher(tmp_path_factory.mktemp("output"))
     yield launcher
     launcher.close()

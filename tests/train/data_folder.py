@@ -1,4 +1,5 @@
-"""A small data folder in the real formats, without a tokenizer: words of a Markov chain, so that a model can learn."""
+"""A small data folder in the real formats, without a tokenizer: words of a Markov chain, so that a model
+can learn."""
 
 from __future__ import annotations
 
@@ -39,7 +40,12 @@ def write_data_folder(folder: Path, *, seq_len: int = 32, num_documents: int = 2
             shard_lengths.append(len(document) + 1)
         result = writer.close()
         names = [f"{split}-{number}-{at}" for at in range(count)]
-        columns = {"id": names, "source": ["chain"] * count, "path": [""] * count, "record": list(range(1, count + 1))}
+        columns = {
+            "id": names,
+            "source": ["chain"] * count,
+            "path": [""] * count,
+            "record": list(range(1, count + 1)),
+        }
         pq.write_table(pa.table(columns), folder / f"{path}.docs.parquet")
         lengths[split].append(np.array(shard_lengths))
         shards.append(
@@ -56,7 +62,9 @@ def write_data_folder(folder: Path, *, seq_len: int = 32, num_documents: int = 2
             )
         )
     for split, parts in lengths.items():
-        packs.append(write_pack(folder, f"packs/test/seq{seq_len}", split, seq_len, plan_rows(parts, seq_len)))
+        packs.append(
+            write_pack(folder, f"packs/test/seq{seq_len}", split, seq_len, plan_rows(parts, seq_len))
+        )
     with files.atomic_write(folder / "tokenizer/test/tokenizer.model") as handle:
         handle.write(b"not a real tokenizer")
     with files.atomic_write(folder / "held_out.jsonl.zst") as handle:

@@ -1,4 +1,5 @@
-"""`llmtrain train check_only=true`: every mistake has its own message, all are told at once, and it is quick."""
+"""`llmtrain train check_only=true`: every mistake has its own message, all are told at once, and it is
+quick."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def check(*arguments: str, **environment: str) -> tuple[int, str]:
 
 
 def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None  # importing it is an error\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['torch'] = None  # importing it is an error\n"
+    )
     start = time.monotonic()
     status, text = check(
         *train_arguments(data, tmp_path / "run", "parallel.world_size=2"), PYTHONPATH=str(tmp_path)
@@ -49,16 +52,25 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         ("+optimizer.peek_lr=5", "did you mean 'optimizer.peak_lr'?"),
         ("model=demmo", "did you mean 'demo'?"),
         ("train.precision=fp8", "train.precision: Invalid value 'fp8', expected one of [fp32, bf16]"),
-        ("train.total_tokens=many", "train.total_tokens: Value 'many' of type 'str' could not be converted to Integer"),
+        (
+            "train.total_tokens=many",
+            "train.total_tokens: Value 'many' of type 'str' could not be converted to Integer",
+        ),
         ("model.d_model=30", "model.d_model=30 is not a multiple of model.num_heads=4"),
         ("model.num_kv_heads=3", "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
-        ("train.micro_batch_rows=3", "train.global_batch_rows=8 is not a multiple of train.micro_batch_rows=3"),
+        (
+            "train.micro_batch_rows=3",
+            "train.global_batch_rows=8 is not a multiple of train.micro_batch_rows=3",
+        ),
         ("parallel.world_size=3", "train.micro_batch_rows * ranks = 2 * 3 = 6; change one of them"),
         ("parallel.zero_stage=4", "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
         ("model.vocab_size=63", "model.vocab_size=63 is smaller than the vocabulary of the tokenizer"),
         ("data.seq_len=64", "no pack of split 'train' has seq_len=64; there are [32]"),
         ("train.total_tokens=1000000", "too little data: 3,907 steps x 8 rows need 31,256 rows"),
-        ("schedule.warmup_tokens=4000", "schedule.warmup_tokens + schedule.decay_tokens = 4,000 is more than"),
+        (
+            "schedule.warmup_tokens=4000",
+            "schedule.warmup_tokens + schedule.decay_tokens = 4,000 is more than",
+        ),
         ("schedule.kind=wsd", "wsd needs decay_tokens"),
         ("run.intent=resume", "there is no finished checkpoint in"),
         ("run.intent=warm_start", "warm_start needs init_from"),
@@ -68,7 +80,9 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         ("train.keep_checkpoints=999999999", "not enough disk space in"),
     ],
 )
-def test_a_mistake_is_named_and_ends_with_status_2(data: Path, tmp_path: Path, override: str, message: str) -> None:
+def test_a_mistake_is_named_and_ends_with_status_2(
+    data: Path, tmp_path: Path, override: str, message: str
+) -> None:
     status, text = check(*train_arguments(data, tmp_path / "run"), override)
     assert (status, message in text) == (EXIT_USER_ERROR, True), text
     assert "Traceback" not in text
@@ -90,7 +104,10 @@ def test_a_missing_value_is_named(tmp_path: Path) -> None:
 
 def test_all_mistakes_are_told_at_once(data: Path, tmp_path: Path) -> None:
     status, text = check(
-        *train_arguments(data, tmp_path / "run"), "model.vocab_size=63", "run.plan=x.json", "parallel.world_size=3"
+        *train_arguments(data, tmp_path / "run"),
+        "model.vocab_size=63",
+        "run.plan=x.json",
+        "parallel.world_size=3",
     )
     assert status == EXIT_USER_ERROR
     assert all(part in text for part in ("model.vocab_size=63", "run.plan=x.json", "2 * 3 = 6"))

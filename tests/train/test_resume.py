@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "step"}
+    return {
+        line["step"]: line["loss"]
+        for line in read_metrics(folder / "metrics.jsonl")
+        if line["kind"] == "step"
+    }
 
 
 def stopped_after(finished: Finished, step: int, folder: Path) -> list[str]:
-    """Make `folder` what a kill right after the checkpoint of `step` would have left; return arguments to go on."""
+    """Make `folder` what a kill right after the checkpoint of `step` would have left; return arguments to
+    go on."""
     shutil.copytree(finished.folder, folder)
     for later in list_checkpoints(folder / "checkpoints"):
         if later > step:
@@ -36,7 +41,9 @@ def stopped_after(finished: Finished, step: int, folder: Path) -> list[str]:
     return [*finished.arguments, f"run.folder={folder}", "run.intent=resume"]
 
 
-def test_fp32_losses_after_a_resume_are_bit_equal(finished: Finished, launcher: Launcher, tmp_path: Path) -> None:
+def test_fp32_losses_after_a_resume_are_bit_equal(
+    finished: Finished, launcher: Launcher, tmp_path: Path
+) -> None:
     arguments = stopped_after(finished, 4, tmp_path / "run")
     status, text = launcher.run(arguments)
     assert status == 0, text
@@ -70,7 +77,8 @@ def test_checkpoints_of_different_layouts_hold_equal_weights(
     status, text = launcher.run(arguments, num_ranks=2)
     assert status == 0, text
     ours, theirs = (
-        CheckpointReader(folder / "checkpoints" / "step-00000012") for folder in (tmp_path / "run", finished.folder)
+        CheckpointReader(folder / "checkpoints" / "step-00000012")
+        for folder in (tmp_path / "run", finished.folder)
     )
     for kind in ("weight", "exp_avg", "exp_avg_sq"):
         for name in theirs.tensors:
@@ -91,7 +99,9 @@ def test_warm_start_takes_weights_only(finished: Finished, launcher: Launcher, t
     warm, cold = losses(tmp_path / "run"), losses(finished.folder)
     assert set(warm) == set(cold)
     assert warm[1] < 0.8 * cold[1], "the weights of the other run were not taken"
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][0]["from"].endswith("step-00000012")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][0]["from"].endswith(
+        "step-00000012"
+    )
 
 
 def test_sigterm_saves_and_leaves_at_the_same_step_on_every_rank(
@@ -137,7 +147,7 @@ def test_kill_9_at_20_random_moments_loses_no_committed_step(
         committed = found
         if not alive:
             assert run.processes[0].exitcode == 0, run.text()
-            assert losses(folder) == {step: loss for step, loss in losses(finished.folder).items()}
+            assert losses(folder) == losses(finished.folder)
             shutil.rmtree(folder)
             committed = 0
     status, text = launcher.run(arguments)

@@ -29,7 +29,9 @@ def test_a_run_records_its_config_commit_versions_and_command(finished: Finished
 def test_every_step_is_recorded_once_with_its_units(finished: Finished) -> None:
     steps = [line for line in read_metrics(finished.folder / "metrics.jsonl") if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 13))
-    assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "data_wait_s", "mem_gib"} <= steps[0].keys()
+    assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s", "data_wait_s", "mem_gib"} <= steps[
+        0
+    ].keys()
     assert "mfu" not in steps[0], "no peak was given: MFU must be left out"
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
     assert [line["tokens"] for line in steps] == [256 * step for step in range(1, 13)]
@@ -138,12 +140,18 @@ def test_a_shard_that_changed_is_found_at_the_start(launcher: Launcher, tmp_path
 
 
 def test_each_job_of_a_multirun_has_its_own_folder(launcher: Launcher, data: Path, tmp_path: Path) -> None:
-    arguments = train_arguments(data, tmp_path / "sweep", "train.total_tokens=512", "optimizer.peak_lr=0.01,0.001")
+    arguments = train_arguments(
+        data, tmp_path / "sweep", "train.total_tokens=512", "optimizer.peak_lr=0.01,0.001"
+    )
     arguments = [argument for argument in arguments if argument != "optimizer.peak_lr=0.01"]
     status, text = launcher.run([*arguments, "-m"])
     assert status == 0, text
     rates = [
-        next(line["lr"] for line in read_metrics(tmp_path / "sweep" / job / "metrics.jsonl") if line["kind"] == "step")
+        next(
+            line["lr"]
+            for line in read_metrics(tmp_path / "sweep" / job / "metrics.jsonl")
+            if line["kind"] == "step"
+        )
         for job in ("0", "1")
     ]
     assert rates[0] == pytest.approx(10 * rates[1])
