@@ -1,8 +1,11 @@
 """The wheel: built without the network, and planning from it with only numpy and hydra-core installed."""
 
+import ast
 import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -120,3 +123,45 @@ def test_conf_is_found_inside_the_installed_package(planners_python, tmp_path):
         [planners_python, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip().endswith("site-packages/llmtrain/conf")
+
+
+def declared(group=None):
+    """Names of the packages that pyproject.toml asks for, in lower case."""
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = project["dependencies"] if group is None else project["optional-dependencies"][group]
+    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in wanted}
+
+
+def imported():
+    """Names of the other people's packages that the package imports."""
+    found = set()
+    for path in (PROJECT / "llmtrain").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            found |= {name.split(".")[0] for name in names}
+    return found - sys.stdlib_module_names - {"llmtrain"}
+
+
+DISTRIBUTION_OF = {
+    "hydra": "hydra-core",
+    "omegaconf": "hydra-core",
+    "yaml": "pyyaml",
+    "markupsafe": "jinja2",
+}
+"""Packages whose import has another name than what is installed, or comes with another one."""
+RIVALS = {"transformers"}
+"""Imported by benchmarks only, and installed by those who run them."""
+
+
+def test_what_is_imported_is_what_is_declared():
+    assert {DISTRIBUTION_OF.get(name, name) for name in imported()} - RIVALS == declared()
+
+
+def test_every_dependency_is_explained_and_nothing_else():
+    text = (PROJECT / "docs/dependencies.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
+    explained = {name.strip() for row in rows for name in row.split(",")} - {"package"}
+    development = {name for name in declared("dev") if not name.startswith("types-")}
+    assert explained - {"types-*"} == declared() | development

@@ -17,7 +17,7 @@ LEAST_REPEATS = 3
 
 
 def run(config: BenchConfig) -> list[Row]:
-    """One row a format: the best of square products of several sizes. On a CPU, numpy's sgemm is the rival."""
+    """One row a format: the best of square products. On a CPU, numpy's sgemm is the rival."""
     config.only_options()
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")

@@ -21,7 +21,13 @@ NEEDED = {  # what a user must type anyway
     "plan": ["budget.device_hours=1"],
     "train": ["run.name=x", "train.total_tokens=1", "train.global_batch_rows=1", "train.micro_batch_rows=1"],
 }
-NEEDED_BY_OPTION = {("hardware", "custom"): ["hardware.peak_tflops=1"]}
+NEEDED_BY_OPTION = {
+    ("hardware", "custom"): ["hardware.peak_tflops=1"],
+    ("corpus", "jsonl"): ["corpus.paths=[texts/*.jsonl]"],
+    ("corpus", "parquet"): ["corpus.paths=[texts/*.parquet]"],
+    ("corpus", "text"): ["corpus.paths=[texts/*.txt]"],
+    ("corpus", "datasets"): ["corpus.dataset=some/set"],
+}
 
 
 def schema_of(verb):
