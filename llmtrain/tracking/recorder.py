@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from llmtrain.tracking.config import TrackingConfig, WandbMode
 from llmtrain.tracking.console import Console
-from llmtrain.tracking.metrics import MetricsFile
+from llmtrain.tracking.metrics import MetricsFile, read_lines
 from llmtrain.tracking.wandb import WandbSink
 
 
@@ -38,6 +38,44 @@ class SilentRecorder:
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
 
+class Replay:
+    """Steps that an earlier attempt did after the checkpoint and that are done again: the losses must agree.
+
+    On the same layout in fp32 they agree to the last bit; another layout adds in another order.
+    """
+
+    def __init__(self, metrics: Path, *, start_step: int) -> None:
+        lines = read_lines(metrics) if metrics.exists() else []
+        self._before = {
+            line["step"]: line["loss"]
+            for line in lines
+            if line["kind"] == "step" and line["step"] > start_step
+        }
+        self._first = start_step + 1
+        self._differences: list[float] = []
+
+    def compare(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Note one step; with the last one that was done before, return the verdict."""
+        before = self._before.get(record["step"])
+        if before is None or record["loss"] is None:
+            return None
+        self._differences.append(abs(record["loss"] - before))
+        if record["step"] != max(self._before):
+            return None
+        return {
+            "first_step": self._first,
+            "num_steps": len(self._differences),
+            "max_loss_difference": max(self._differences),
+        }
+
+    def sentence(self, verdict: Mapping[str, Any]) -> str:
+        """The verdict for people."""
+        worst = verdict["max_loss_difference"]
+        how = "equal to the last bit" if worst == 0 else f"different by at most {worst:.2g}"
+        steps = f"steps {verdict['first_step']} to {verdict['first_step'] + verdict['num_steps'] - 1}"
+        return f"{steps} were done before the restart and again now: losses {how}"
+
+
 class RunRecorder:
     """Rank 0's recorder; use it as a context."""
 
@@ -52,6 +90,7 @@ class RunRecorder:
         run_name: str,
         run_config: Mapping[str, Any],
     ) -> None:
+        self._replay = Replay(metrics, start_step=start_step)
         self._metrics = MetricsFile(metrics, attempt=attempt)
         self._console = Console(total_steps, start_step=start_step, log_every_steps=cfg.log_every_steps)
         self._step = start_step
@@ -67,7 +106,11 @@ class RunRecorder:
 
     def step(self, step: int, **fields: object) -> None:
         self._step = step
-        self._console.step(self._write("step", step, fields))
+        record = self._write("step", step, fields)
+        self._console.step(record)
+        if verdict := self._replay.compare(record):
+            self.event("replayed", step, **verdict)
+            self._console.event(self._replay.sentence(verdict))
 
     def evaluation(self, step: int, **fields: object) -> None:
         self._console.evaluation(self._write("eval", step, fields))
