@@ -88,7 +88,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.mm(grad_tV, weight_VD, out=grad_x_TD[part]).mul_(valid_t1)
             x_tD = x_tD * valid_t1
             if addend_VD is None or wide_addend_VD is None:
-                grad_weight_VD.addmm_(grad_tV.T, x_tD)
+                torch.addmm(grad_weight_VD, grad_tV.T, x_tD, out=grad_weight_VD)
             else:
                 torch.mm(grad_tV.T, x_tD, out=addend_VD)
                 grad_weight_VD += wide_addend_VD.copy_(addend_VD)

@@ -1,0 +1,121 @@
+"""Documents in a row are apart, positions restart, and weights may come after a build on the meta device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmtrain.model.config import ModelConfig
+from llmtrain.model.init import build_transformer, init_weights
+from llmtrain.model.loss import NO_TARGET, sum_cross_entropy
+from llmtrain.model.transformer import Transformer
+
+SHAPES = {
+    "grouped, tied": {"num_kv_heads": 2, "tie_embeddings": True},
+    "multi-head, untied": {"num_kv_heads": 4, "tie_embeddings": False},
+    "multi-query, wide heads": {"num_kv_heads": 1, "head_width": 24},
+}
+
+
+def config(**changes: object) -> ModelConfig:
+    shape = {
+        "vocab_size": 96,
+        "num_layers": 3,
+        "d_model": 64,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "ffn_width": 80,
+    }
+    return ModelConfig(**{**shape, "init_std": 0.2, **changes})  # large weights: an error is seen
+
+
+def packed_row(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and segments of one row with documents of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 96, (1, sum(lengths)), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    segments = torch.cat([torch.full((length,), at) for at, length in enumerate(lengths)])[None].int()
+    return tokens, positions, segments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_changed_token_leaves_other_documents_logits_bit_equal(shape: dict, dtype: torch.dtype) -> None:
+    model = build_transformer(config(**shape), seed=0, dtype=dtype)
+    tokens, positions, segments = packed_row([13, 9, 20])
+    before = model(tokens, positions, segments)
+    for changed in (0, 12, 15, 41):
+        other = tokens.clone()
+        other[0, changed] = (other[0, changed] + 1) % 96
+        after = model(other, positions, segments)
+        reached = (segments == segments[0, changed]) & (torch.arange(42)[None] >= changed)
+        assert torch.equal(before[~reached], after[~reached])
+        assert not torch.isclose(before[reached].float(), after[reached].float()).all(dim=-1).any()
+
+
+def test_a_document_has_the_same_logits_alone_and_in_a_row() -> None:
+    model = build_transformer(config(), seed=0)
+    tokens, positions, segments = packed_row([13, 9, 20])
+    packed = model(tokens, positions, segments)
+    start = 0
+    for length in (13, 9, 20):
+        alone = model(tokens[:, start : start + length], torch.arange(length)[None])
+        torch.testing.assert_close(packed[:, start : start + length], alone, atol=1e-5, rtol=1e-5)
+        start += length
+
+
+def test_segments_of_one_document_equal_no_segments() -> None:
+    model = build_transformer(config(), seed=0)
+    tokens, positions, segments = packed_row([40])
+    torch.testing.assert_close(
+        model(tokens, positions, segments), model(tokens, positions), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_loss_in_the_forward_equals_loss_of_the_logits_with_its_gradients(shape: dict) -> None:
+    model = build_transformer(config(**shape), seed=0)
+    tokens, positions, segments = packed_row([13, 9, 20])
+    targets = tokens.roll(-1, dims=1)
+    targets[0, [12, 21, 41]] = NO_TARGET
+    loss = model(tokens, positions, segments, targets_BS=targets)
+    loss.backward()
+    fused = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    reference = sum_cross_entropy(model(tokens, positions, segments), targets)
+    reference.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, reference)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(fused[name], weight.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_parameter_names_are_the_canonical_ones() -> None:
+    names = {name for name, _ in Transformer(config(num_layers=1)).named_parameters()}
+    assert names == {
+        "embedding.weight",
+        "blocks.0.attention_norm.weight",
+        *(f"blocks.0.attention.{each}.weight" for each in ("wq", "wk", "wv", "wo")),
+        "blocks.0.mlp_norm.weight",
+        *(f"blocks.0.mlp.{each}.weight" for each in ("w_gate", "w_up", "w_down")),
+        "final_norm.weight",
+        "head.weight",
+    }
+    tied = {name for name, _ in Transformer(config(num_layers=1, tie_embeddings=True)).named_parameters()}
+    assert tied == names - {"head.weight"}
+
+
+def test_a_model_built_on_meta_needs_only_its_weights() -> None:
+    cfg = config()
+    direct = Transformer(cfg)
+    init_weights(direct, cfg, seed=3)
+    with torch.device("meta"):
+        late = Transformer(cfg)
+    assert not list(late.buffers())
+    late.to_empty(device="cpu")
+    for weight in late.parameters():
+        weight.data.fill_(torch.nan)
+    init_weights(late, cfg, seed=3)
+    tokens, positions, segments = packed_row([13, 9])
+    assert torch.equal(direct(tokens, positions, segments), late(tokens, positions, segments))
