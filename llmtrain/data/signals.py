@@ -62,7 +62,8 @@ def measure_batch(raw: list[bytes]) -> MeasuredBatch:
 
 
 def joined(texts: list[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Texts back to back, and where each begins and the last ends."""
+    """Texts back to back, and where each begins and the last ends. Writable, so that kernels meet one
+    type."""
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
-    return np.frombuffer(b"".join(texts), dtype=np.uint8), offsets
+    return np.frombuffer(bytearray().join(texts), dtype=np.uint8), offsets

@@ -68,9 +68,10 @@ class Tokenizer:
         """Ids of each text, without BOS or EOS."""
         cut = [text.split(SPACE_MARK) for text in texts]
         try:
-            ids = self.processor.encode([part for parts in cut for part in parts], num_threads=1)
+            flat = [part.encode() for parts in cut for part in parts]
         except UnicodeEncodeError as error:
             raise DataError(f"text with half a surrogate pair is not UTF-8: {error}") from error
+        ids = self.processor.encode(flat, num_threads=1)
         ids_of_parts = iter(np.array(part, dtype=np.int32) for part in ids)
         return [self._join([next(ids_of_parts) for _ in parts]) for parts in cut]
 

@@ -51,6 +51,7 @@ class WordEncoder:
         Returns:
             token ids of all documents back to back, and the number of tokens of each.
         """
+        text, doc_offsets = np.array(text), np.array(doc_offsets)  # writable, so that kernels meet one type
         num_documents = len(doc_offsets) - 1
         if self._num_arena_bytes > MAX_STORE_BYTES:
             self._reset()
@@ -255,7 +256,7 @@ def _gather(words: Any, word_ends: Any, counts: Any, ids_start: Any, ids: Any, e
 
 def warm_up() -> None:
     """Compile, or load from disk, before the work is handed out."""
-    text, offsets = np.frombuffer(b"a", dtype=np.uint8), np.array([0, 1], dtype=np.int64)
+    text, offsets = np.array([97], dtype=np.uint8), np.array([0, 1], dtype=np.int64)
     slots, words = np.zeros(4, dtype=np.int32), np.zeros(1, dtype=np.int32)
     word_hash, starts = np.zeros(2, dtype=np.uint64), np.zeros(3, dtype=np.int64)
     word_ends = np.zeros(1, dtype=np.int64)
