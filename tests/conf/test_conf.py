@@ -1,6 +1,7 @@
 """Every YAML of conf/ composes against its verb's schema, and Hydra's own switches work."""
 
 import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,21 @@ def test_a_key_that_a_users_file_spells_wrong_is_an_error(tmp_path):
     assert done.returncode == 2
     assert "peak_tflop" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def documented_commands():
+    """The commands of docs/configuration.md that need no folder of the reader's."""
+    text = (CONF.parent / "docs/configuration.md").read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("    llmtrain ")]
+    return [line for line in lines if "--config-dir" not in line]
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_overrides_compose(command):
+    _, verb, *arguments = shlex.split(command)
+    overrides = [argument for argument in arguments if "=" in argument]
+    first_of_each = [override.split(",")[0] for override in overrides]  # of a sweep's values, one will do
+    config = composed(verb, first_of_each)
+    assert OmegaConf.get_type(config) is schema_of(verb)
+    if "+experiment=demo" in overrides:
+        assert isinstance(OmegaConf.to_object(config), schema_of(verb))
