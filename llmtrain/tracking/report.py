@@ -23,6 +23,7 @@ from llmtrain.tracking.report_tables import (
     comparisons_of,
     compression_bars,
     evaluation_rows,
+    funnel_notes,
     funnel_of,
     sample_of,
     versions_of,
@@ -91,6 +92,7 @@ def render(run: RunData) -> str:
         loss_chart=loss_chart(run),
         charts=small_charts(run),
         funnel=funnel_of(run),
+        funnel_notes=funnel_notes(run),
         comparisons=comparisons_of(run),
         evaluation=evaluation_rows(run),
         attempts=[attempt_row(run, attempt) for attempt in run.attempts],
@@ -126,7 +128,9 @@ def verdict_of(run: RunData) -> str:
     begin = plural(len(steps), "step") + (f" over {format_count(tokens)} tokens." if tokens else ".")
     bits = run.evaluated("bits_per_byte")
     if bits is None:
-        return f"{begin} Not evaluated against compressors yet: run `llmtrain evaluate`."
+        return (
+            f"{begin} Not evaluated against compressors yet: run `llmtrain evaluate checkpoint={run.folder}`."
+        )
     against = [
         f"{abs(1 - bits / other):.0%} {'fewer' if bits < other else 'more'} than {name} −9"
         for name, key in RIVALS
@@ -161,7 +165,7 @@ def _loss_tile(run: RunData) -> Tile:
 def _bits_tile(run: RunData) -> Tile:
     bits = run.evaluated("bits_per_byte")
     if bits is None:
-        return Tile(name="Bits per byte", value="–", note="run llmtrain evaluate")
+        return Tile(name="Bits per byte", value="–", note="not evaluated yet")
     rivals = [f"{name} {value:.3f}" for name, key in RIVALS if (value := run.evaluated(key)) is not None]
     return Tile(name="Bits per byte", value=f"{bits:.3f}", note=" · ".join(rivals))
 

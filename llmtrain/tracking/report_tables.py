@@ -57,48 +57,64 @@ def compression_bars(run: RunData) -> list[Bar]:
 
 
 def funnel_of(run: RunData) -> list[Bar]:
-    """A bar for what was read, one for each reason to drop, one for what was kept. Widths are documents."""
-    passes = run.manifest.funnel if run.manifest is not None else []
-    first = _count(passes[0], "documents", "in") if passes else None
-    if not first:
+    """A bar for what was read, one for each reason to drop, one for what was kept; widths are bytes."""
+    passes = [entry for entry in _funnel(run) if _count(entry["in"], "bytes")]
+    if not passes:
         return []
-    bars = [Bar(label="read", style="in", begin=0.0, end=1.0, figures=_figures(passes[0], "in", first))]
+    read, kept = passes[0]["in"], passes[-1]["kept"]
+    all_bytes = float(read["bytes"])
+    bars = [Bar(label="read", style="in", begin=0.0, end=1.0, figures=_figures(read, all_bytes))]
     for entry in passes:
-        left = _count(entry, "documents", "in") or 0.0
-        dropped = {
-            reason: _count(entry, "documents", reason) or 0.0
-            for measure in ("documents", "bytes")
-            for reason in (entry.get(measure) or {}).get("dropped") or {}
-        }
-        for reason, count in sorted(dropped.items(), key=lambda item: -item[1]):
+        left = float(entry["in"]["bytes"])
+        dropped = entry.get("dropped") or {}
+        largest_first = sorted(dropped.items(), key=lambda item: -(_count(item[1], "bytes") or 0.0))
+        for reason, counts in largest_first:
+            after = left - (_count(counts, "bytes") or 0.0)
             bars.append(
                 Bar(
-                    label=f"{entry.get('pass') or entry.get('name')}: {reason.replace('_', ' ')}",
+                    label=f"{entry['pass']}: {reason.replace('_', ' ')}",
                     style="dropped",
-                    begin=(left - count) / first,
-                    end=left / first,
-                    figures=_figures(entry, reason, first),
+                    begin=after / all_bytes,
+                    end=left / all_bytes,
+                    figures=_figures(counts, all_bytes),
                 )
             )
-            left -= count
-    kept = _count(passes[-1], "documents", "kept") or 0.0
-    figures = _figures(passes[-1], "kept", first)
-    return [*bars, Bar(label="kept", style="kept", begin=0.0, end=kept / first, figures=figures)]
+            left = after
+    share = (_count(kept, "bytes") or 0.0) / all_bytes
+    return [*bars, Bar(label="kept", style="kept", begin=0.0, end=share, figures=_figures(kept, all_bytes))]
 
 
-def _count(entry: Mapping[str, Any], measure: str, what: str) -> float | None:
-    """documents, bytes or tokens that came in, were kept, or were dropped for the reason `what`."""
-    counts = entry.get(measure) or {}
-    return as_number(counts.get(what) if what in ("in", "kept") else (counts.get("dropped") or {}).get(what))
+def funnel_notes(run: RunData) -> list[str]:
+    """What became of the kept text: its splits, and the packs made of it."""
+    notes = []
+    for entry in _funnel(run):
+        for split, counts in (entry.get("splits") or {}).items():
+            size, documents = _count(counts, "bytes"), _count(counts, "documents")
+            if size is not None and documents is not None:
+                notes.append(f"{split.replace('_', '-')}: {documents:,.0f} documents, {format_bytes(size)}")
+        tokens, targets = _count(entry["in"], "tokens"), _count(entry["kept"], "tokens")
+        if tokens and targets is not None:
+            notes.append(
+                f"{entry['pass']}: {format_count(tokens)} tokens, {targets / tokens:.1%} of them targets"
+            )
+    return notes
 
 
-def _figures(entry: Mapping[str, Any], what: str, all_documents: float) -> list[str]:
-    """Share of the documents, documents, bytes, tokens."""
-    documents, size, tokens = (_count(entry, measure, what) for measure in ("documents", "bytes", "tokens"))
+def _funnel(run: RunData) -> list[dict[str, Any]]:
+    return run.manifest.funnel if run.manifest is not None else []
+
+
+def _count(counts: Mapping[str, Any], measure: str) -> float | None:
+    return as_number(counts.get(measure))
+
+
+def _figures(counts: Mapping[str, Any], all_bytes: float) -> list[str]:
+    """Share of the bytes, bytes, documents, tokens."""
+    size, documents, tokens = (_count(counts, measure) for measure in ("bytes", "documents", "tokens"))
     return [
-        f"{documents / all_documents:.1%}" if documents is not None else "–",
-        f"{documents:,.0f}" if documents is not None else "–",
+        f"{size / all_bytes:.1%}" if size is not None else "–",
         format_bytes(size) if size is not None else "–",
+        f"{documents:,.0f}" if documents is not None else "–",
         format_count(tokens) if tokens is not None else "–",
     ]
 

@@ -143,7 +143,7 @@ def test_an_init_that_hangs_is_given_up(sink_with, reports):
     while sink.num_dropped < 2 and time.monotonic() < deadline:
         sink.log(step_record(1))
         time.sleep(0.02)
-    assert reports[1] == "did not start in 0.2 s; the run goes on without it"
+    assert "did not start in 0.2 s; the run goes on without it" in reports
     finish_in(sink, 5)
 
 
