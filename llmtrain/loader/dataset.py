@@ -93,9 +93,8 @@ class Rows:
         """Return these rows, in this order, as arrays [len(rows), seq_len].
 
         Raises:
-            DataError: names the row and the file when a shard is missing, has changed its size, or holds a
-            token
-                outside the vocabulary.
+            DataError: A shard is missing, has changed its size, or holds a token outside the vocabulary;
+                the message names the file and the row.
         """
         spans, num_spans = self._spans(rows)
         shape = len(rows), self.seq_len
@@ -115,16 +114,13 @@ class Rows:
         targets.reshape(-1)[(places + lengths - 1)[spans["has_next"] == 0]] = NO_TARGET
 
         # Padding is one more span at the end of its row: positions from 0, a segment of its own.
-        flat = np.arange(len(rows) * self.seq_len)
-        pads = np.arange(len(rows)) * self.seq_len + num_tokens
-        first_of = np.zeros(shape, dtype=np.int64).reshape(-1)
-        segments = np.zeros(shape, dtype=np.int32)
-        starts = np.concatenate([places, pads[num_tokens < self.seq_len]])
-        first_of[starts] = starts
-        segments.reshape(-1)[starts] = 1
-        np.maximum.accumulate(first_of, out=first_of)
-        np.cumsum(segments, axis=1, out=segments)
-        return Row(tokens, targets, (flat - first_of).reshape(shape), segments - np.int32(1))
+        row_begins = np.arange(len(rows)) * self.seq_len
+        starts = np.sort(np.concatenate([places, (row_begins + num_tokens)[num_tokens < self.seq_len]]))
+        starts_in_row = np.searchsorted(starts, starts - starts % self.seq_len)
+        covered = np.diff(starts, append=len(rows) * self.seq_len)
+        positions = np.arange(len(rows) * self.seq_len) - np.repeat(starts, covered)
+        segments = np.repeat((np.arange(len(starts)) - starts_in_row).astype(np.int32), covered)
+        return Row(tokens, targets, positions.reshape(shape), segments.reshape(shape))
 
     def lineage(self, row: int) -> list[Lineage]:
         """Return where each document of the row came from, in the row's order."""
@@ -195,28 +191,28 @@ class Rows:
                 "which does not have them; the pack is damaged"
             )
         shard = self._shards[number]
-        path = shard_files(self.folder / shard.path)[0]
         item_bytes = self._dtype.itemsize
         try:
             with self._lock:
-                fd = self._open(number, path)
+                fd = self._open(number)
                 size = os.fstat(fd).st_size
                 content = os.pread(fd, length * item_bytes, start * item_bytes)
         except OSError as error:
-            raise DataError(f"{path}, needed for row {row}, cannot be read: {error.strerror}") from error
+            raise DataError(f"{self._needed(number, row)}, cannot be read: {error.strerror}") from error
         if size != shard.num_bytes or len(content) != length * item_bytes:
             raise DataError(
-                f"{path}, needed for row {row}, has {size} bytes, the manifest says {shard.num_bytes}"
+                f"{self._needed(number, row)}, has {size} bytes, the manifest says {shard.num_bytes}"
             )
         tokens = np.frombuffer(content, dtype=self._dtype)
-        if int(tokens.max()) >= self._vocab_size or int(tokens.min()) < 0:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self._vocab_size:
             raise DataError(
-                f"{path}, needed for row {row}, is damaged: its tokens {start} to {start + length} are "
-                f"from {int(tokens.min())} to {int(tokens.max())}, the vocabulary has {self._vocab_size}"
+                f"{self._needed(number, row)}, is damaged: its tokens {start} to {start + length} are from "
+                f"{low} to {high}, the vocabulary has {self._vocab_size}"
             )
         return tokens
 
-    def _open(self, number: int, path: Path) -> int:
+    def _open(self, number: int) -> int:
         """The shard's file descriptor; closes the longest unused one when there are too many.
 
         The caller holds the lock.
@@ -226,8 +222,14 @@ class Rows:
             return self._open_files[number]
         if len(self._open_files) >= MAX_OPEN_SHARDS:
             os.close(self._open_files.popitem(last=False)[1])
-        self._open_files[number] = os.open(path, os.O_RDONLY)
+        self._open_files[number] = os.open(self._path(number), os.O_RDONLY)
         return self._open_files[number]
+
+    def _path(self, number: int) -> Path:
+        return shard_files(self.folder / self._shards[number].path)[0]
+
+    def _needed(self, number: int, row: int) -> str:
+        return f"{self._path(number)}, needed for row {row}"
 
 
 def _close_all(open_files: OrderedDict[int, int]) -> None:

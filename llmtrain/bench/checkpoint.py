@@ -1,0 +1,133 @@
+"""Checkpoints: save, verify and restore beside torch.save, and beside what the disk and the hashes allow."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from llmtrain.bench.table import BenchConfig, Row
+from llmtrain.train.checkpoint import CheckpointReader, Piece, save_checkpoint
+
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+TENSOR_BYTES = 16 << 20
+NUM_REPEATS = 5
+
+
+def run(config: BenchConfig) -> list[Row]:
+    """Options: folder, on the disk to measure (default: the temporary folder)."""
+    config.only_options("folder")
+    num_layers = config.scaled(8)
+    side = int((TENSOR_BYTES // 4) ** 0.5)
+    random = np.random.default_rng(config.seed)
+    tensors = {
+        (kind, f"blocks.{layer}.weight"): random.standard_normal((side, side), dtype=np.float32)
+        for kind in KINDS
+        for layer in range(num_layers)
+    }
+    num_bytes = sum(values.nbytes for values in tensors.values())
+    as_torch = {f"{kind}/{name}": torch.from_numpy(values) for (kind, name), values in tensors.items()}
+
+    with tempfile.TemporaryDirectory(dir=config.option("folder", tempfile.gettempdir())) as name:
+        folder = Path(name)
+        plain, rival = folder / "plain.bin", folder / "rival.pt"
+
+        def save_ours() -> None:
+            save_checkpoint(
+                folder,
+                step=1,
+                pieces=(
+                    Piece(kind, each, values.shape, 0, values.reshape(-1))
+                    for (kind, each), values in tensors.items()
+                ),
+                state={},
+                rank=0,
+                world_size=1,
+                barrier=lambda: None,
+                gather=lambda value: [value],
+                keep=1,
+            )
+
+        def save_rival() -> None:
+            with open(rival, "wb") as handle:
+                torch.save(as_torch, handle)
+                handle.flush()
+                os.fsync(handle.fileno())
+
+        def save_plain() -> None:
+            with open(plain, "wb", buffering=0) as handle:
+                for values in tensors.values():
+                    handle.write(values.data)
+                os.fsync(handle.fileno())
+
+        # One after the other in each round, so that a slow moment of the disk meets all three.
+        save_s = _medians([save_ours, save_rival, save_plain])
+        reader = CheckpointReader(folder / "step-00000001")
+
+        def restore_ours() -> None:
+            for kind, each in tensors:
+                reader.read(kind, each)
+
+        def restore_rival() -> None:
+            torch.load(rival)
+
+        def read_plain() -> None:
+            block = bytearray(4 << 20)
+            with open(plain, "rb", buffering=0) as handle:
+                while handle.readinto(block):
+                    pass
+
+        restore_s = _medians([restore_ours, restore_rival, read_plain])
+        verify_s, read_s = _medians([reader.verify, read_plain])
+
+    content = next(iter(tensors.values())).data
+    sha256_s, xxh3_s = _medians(
+        [lambda: hashlib.sha256(content).digest(), lambda: xxhash.xxh3_128_digest(content)]
+    )
+    unit = "MB/s"
+    size = f"{num_bytes / 1e6:.0f} MB"
+    mb, tensor_mb = num_bytes / 1e6, content.nbytes / 1e6
+    return [
+        Row(
+            name=f"save {size}, hashed, read back, durable; rival: torch.save + fsync; limit: write + fsync",
+            value=mb / save_s[0],
+            unit=unit,
+            rival=mb / save_s[1],
+            limit=mb / save_s[2],
+        ),
+        Row(
+            name="restore from the page cache, hashed; rival: torch.load, no hash; limit: read",
+            value=mb / restore_s[0],
+            unit=unit,
+            rival=mb / restore_s[1],
+            limit=mb / restore_s[2],
+        ),
+        Row(
+            name="verify from the page cache; limit: read", value=mb / verify_s, unit=unit, limit=mb / read_s
+        ),
+        Row(
+            name="xxh3_128, for contents; rival: sha256, for the manifest",
+            value=tensor_mb / xxh3_s,
+            unit=unit,
+            rival=tensor_mb / sha256_s,
+        ),
+    ]
+
+
+def _medians(works: list[Callable[[], object]]) -> list[float]:
+    """Median seconds of each, over interleaved repeats after one that warms up."""
+    taken: list[list[float]] = [[] for _ in works]
+    for _ in range(NUM_REPEATS + 1):
+        for work, seconds in zip(works, taken, strict=True):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+    return [statistics.median(seconds[1:]) for seconds in taken]
