@@ -234,10 +234,7 @@ def findings_of(run: RunData) -> Iterator[Finding]:
             "info", f"Gradients were clipped, with a norm above {clip:g}, in {clipped:.0%} of the steps."
         )
     if run.undone:
-        share = len(run.undone) / max(1, len(steps))
-        yield Finding(
-            "info", f"{plural(len(run.undone), 'step')} ({share:.1%}) undone by a kill, then done again."
-        )
+        yield _redone_steps(run)
     for text in dict.fromkeys(
         str(event.get("text")) for event in run.of_kind("event") if event.get("what") == "wandb"
     ):
@@ -274,6 +271,21 @@ def _generalisation(run: RunData) -> Iterator[Finding]:
         yield Finding("good", f"{text}.")
     else:
         yield Finding("warn", f"{text}: the model learns its text by heart, or the two differ in kind.")
+
+
+def _redone_steps(run: RunData) -> Finding:
+    """How much work a kill cost, and whether the second time gave the same losses."""
+    steps = {record["step"]: record.get("loss") for record in run.of_kind("step")}
+    share = len(run.undone) / max(1, len(steps))
+    verb = "was" if len(run.undone) == 1 else "were"
+    text = f"{plural(len(run.undone), 'step')} ({share:.1%}) {verb} undone by a kill"
+    pairs = [(as_number(record.get("loss")), as_number(steps.get(record["step"]))) for record in run.undone]
+    differences = [abs(now - before) for before, now in pairs if before is not None and now is not None]
+    if not differences:
+        return Finding("info", f"{text}.")
+    if max(differences) == 0:
+        return Finding("good", f"{text} and done again; losses equal to the last bit.")
+    return Finding("warn", f"{text} and done again; losses differ by up to {max(differences):.2g}.")
 
 
 def plural(count: int, noun: str) -> str:

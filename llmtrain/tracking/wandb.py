@@ -284,11 +284,11 @@ class _Process:
 
 
 def wandb_fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record under W&B's names: `step` and `tokens` as axes, numbers under the group of their kind."""
+    """A record's numbers under W&B's names: `step` and `tokens` as axes, the others in a group by kind."""
     group = {"step": "train", "eval": "eval", "checkpoint": "checkpoint"}.get(record["kind"], record["kind"])
     fields = {name: record[name] for name in ("step", "tokens") if name in record}
     for name, value in record.items():
-        if name not in ("kind", "step", "tokens", "attempt", "time"):
+        if isinstance(value, int | float) and name not in ("step", "tokens", "attempt", "time"):
             fields[f"{group}/{name.removeprefix(group + '_')}"] = value
     return fields
 

@@ -212,7 +212,7 @@ def test_findings_are_what_the_records_say(folder):
     assert "The run went over its training text 2 times." in text
     assert "Waiting for data took 1.00% of the step time." in text
     assert "Gradients were clipped, with a norm above 1, in 25% of the steps." in text
-    assert "10 steps (5.0%) undone by a kill, then done again." in text
+    assert "10 steps (5.0%) were undone by a kill and done again; losses equal to the last bit." in text
 
 
 def test_the_funnel_closes_and_names_every_reason(folder):
@@ -313,6 +313,16 @@ def test_a_measured_value_is_held_against_its_interval(measured, verdict):
     assert row.verdict == verdict
     assert 0 < row.low < row.mid < row.high < 1
     assert row.at is None or 0 < row.at < 1
+
+
+def test_losses_that_differ_when_done_again_are_a_warning(tmp_path):
+    write_steps(tmp_path / "metrics.jsonl", 1, 0, 5, what="start")
+    write_steps(tmp_path / "metrics.jsonl", 2, 3, 6, what="resume", loss=3.5)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert (
+        "2 steps (33.3%) were undone by a kill and done again; losses differ by up to 0.5." in Page(html).text
+    )
+    assert re.search(r'<li class="warn">2 steps', html)
 
 
 # --- runs that are not whole ---
@@ -446,10 +456,8 @@ def test_a_browser_draws_the_page(folder, tmp_path):
     if chromium is None:
         pytest.skip("no chromium on this machine")
     picture = tmp_path / "report.png"
-    command = [
-        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900", f"--screenshot={picture}",
-        write_report(folder).as_uri(),
-    ]  # fmt: skip
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--disable-background-networking"]
+    command += ["--window-size=1400,900", f"--screenshot={picture}", write_report(folder).as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     assert picture.stat().st_size > 20_000

@@ -229,6 +229,8 @@ def test_off_starts_no_process(tmp_path, reports):
 def test_names_say_the_group_and_axes_stand_alone():
     record = {"kind": "eval", "step": 5, "attempt": 2, "time": 1.0, "eval_loss": 2.5, "eval_s": 0.1}
     assert wandb_fields(record) == {"step": 5, "eval/loss": 2.5, "eval/s": 0.1}
+    event = {"kind": "event", "step": 5, "attempt": 2, "time": 1.0, "what": "start", "world_size": 2}
+    assert wandb_fields(event) == {"step": 5, "event/world_size": 2}
     assert wandb_fields(step_record(2)) == {"step": 2, "tokens": 200, "train/loss": 0.5}
 
 
