@@ -3,7 +3,10 @@ ranks."""
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
+import os
+import signal
 import sys
 from dataclasses import replace
 
@@ -16,6 +19,9 @@ from llmtrain.log import setup_logging, world_size
 from llmtrain.train.check import check_train
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.start_up import StartUp
+
+PR_SET_PDEATHSIG = 1
+"""prctl's option number: <linux/prctl.h>."""
 
 
 def main() -> None:
@@ -49,7 +55,17 @@ def run_job(cfg: TrainRoot) -> None:
         fail(str(error))
 
 
+def die_with_launcher() -> None:
+    """Ask the kernel to kill this rank when torchrun dies: a rank without a launcher would train on, unseen.
+
+    torchrun starts ranks in sessions of their own, so not even a signal to its process group reaches them.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def start_training(cfg: TrainRoot) -> None:
+    die_with_launcher()
     start_up = StartUp()
     start_up.mark("Python and Hydra")
     import torch  # noqa: F401, PLC0415  a login node's check_only=true must not pay for it

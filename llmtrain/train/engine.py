@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ def init_ranks(*, timeout_s: float) -> torch.device:
     Raises:
         LaunchError: the rendezvous port is taken, or not every rank arrived in time.
     """
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed: not the user's affair.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", module="torch.distributed")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
