@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -113,8 +114,9 @@ class FolderLock:
     """The right to write in a folder, held by one process at a time: `with FolderLock(folder): ...`.
 
     The lock is the kernel's (`flock` on `.lock` inside the folder), so it ends with its holder, however that
-    dies; the text in the file only says who it was, and a leftover file blocks nobody. Processes forked by
-    the holder share it. On a file system without locks the folder is not guarded, and a warning says so.
+    dies; the text in the file only says who it was, and a leftover file blocks nobody. A process forked by the
+    holder does not hold it, so a worker that outlives a killed run does not block the next one. On a file
+    system without locks the folder is not guarded, and a warning says so.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,6 +146,14 @@ class FolderLock:
             fd, f"pid {os.getpid()} on {socket.gethostname()} since {started} ({command})\n".encode(), 0
         )
         self._fd = fd
+        itself = weakref.ref(self)
+
+        def release_in_child() -> None:
+            held = itself()
+            if held is not None:
+                held.release()  # closes the child's copy; the lock stays with the parent's
+
+        os.register_at_fork(after_in_child=release_in_child)
 
     def release(self) -> None:
         """Give the lock back. Does nothing when it is not held."""

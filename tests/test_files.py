@@ -63,6 +63,26 @@ def test_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
         assert f"pid {os.getpid()} on" in (tmp_path / LOCK_FILE).read_text()
 
 
+def test_forked_worker_that_outlives_a_killed_holder_blocks_nobody(tmp_path: Path) -> None:
+    fork_first = HOLD.replace('print("held"', 'import os; worker = os.fork()\n    print("held", os.getpid()')
+    holder = subprocess.Popen(
+        [sys.executable, "-c", fork_first, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    with holder.stdout:
+        pids = {int(holder.stdout.readline().split()[1]) for _ in range(2)}
+        with pytest.raises(LaunchError, match=rf"pid {holder.pid} on "):
+            FolderLock(tmp_path).acquire()
+        holder.kill()
+        holder.wait()
+        (worker,) = pids - {holder.pid}
+        try:
+            with FolderLock(tmp_path):
+                os.kill(worker, 0)  # it lives
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
 def test_file_system_without_locks_warns_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
