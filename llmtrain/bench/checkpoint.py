@@ -38,7 +38,7 @@ def run(config: BenchConfig) -> list[Row]:
 
     with tempfile.TemporaryDirectory(dir=config.option("folder", tempfile.gettempdir())) as name:
         folder = Path(name)
-        plain, rival = folder / "plain.bin", folder / "rival.pt"
+        plain, rival, fresh = folder / "plain.bin", folder / "rival.pt", folder / "fresh"
 
         def save_ours() -> None:
             save_checkpoint(
@@ -56,17 +56,20 @@ def run(config: BenchConfig) -> list[Row]:
                 keep=1,
             )
 
+        # All three keep the older file until the new one is on the disk.
         def save_rival() -> None:
-            with open(rival, "wb") as handle:
+            with open(fresh, "wb") as handle:
                 torch.save(as_torch, handle)
                 handle.flush()
                 os.fsync(handle.fileno())
+            fresh.replace(rival)
 
         def save_plain() -> None:
-            with open(plain, "wb", buffering=0) as handle:
+            with open(fresh, "wb", buffering=0) as handle:
                 for values in tensors.values():
                     handle.write(values.data)
                 os.fsync(handle.fileno())
+            fresh.replace(plain)
 
         # One after the other in each round, so that a slow moment of the disk meets all three.
         save_s = _medians([save_ours, save_rival, save_plain])

@@ -118,7 +118,7 @@ def _reading(folder: Path, *, num_shards: int, seed: int) -> list[Row]:
             limit=batch_tokens / limit_s,
         ),
         Row(
-            name=f"data wait, {8 * batch_tokens:.2g} M tokens behind {COMPUTE_S * 1e3:.0f} ms of work; limit: 1%",
+            name=f"data wait, {8 * batch_tokens:.2g} M tokens behind {COMPUTE_S * 1e3:.0f} ms; limit: 1%",
             value=statistics.median(waits[1:]) * 1e3,
             unit="ms",
             limit=COMPUTE_S * 1e3 / 100,
