@@ -114,8 +114,8 @@ class FolderLock:
     """The right to write in a folder, held by one process at a time: `with FolderLock(folder): ...`.
 
     The lock is the kernel's (`flock` on `.lock` inside the folder), so it ends with its holder, however that
-    dies; the text in the file only says who it was, and a leftover file blocks nobody. A process forked by the
-    holder does not hold it, so a worker that outlives a killed run does not block the next one. On a file
+    dies; the text in the file only says who it was, and a leftover file blocks nobody. A process forked by
+    the holder does not hold it, so a worker that outlives a killed run does not block the next one. On a file
     system without locks the folder is not guarded, and a warning says so.
     """
 
