@@ -238,13 +238,13 @@ def _parse_json(line: bytes, position: int, cfg: CorpusConfig) -> Record:
     except (ValueError, RecursionError) as error:
         return BadRecord("broken_json", len(line), str(error))
     if not isinstance(value, dict):
-        return BadRecord("wrong_type", len(line), f"a JSON {type(value).__name__}, not an object")
+        return BadRecord("wrong_type", len(line), f"a JSON value of type {type(value).__name__}, not an object")
     if cfg.text_field not in value:
         detail = f"no field {cfg.text_field!r}; fields: {', '.join(sorted(value))}"
         return BadRecord("missing_field", len(line), detail)
     text = value[cfg.text_field]
     if not isinstance(text, str):
-        detail = f"field {cfg.text_field!r} is a {type(text).__name__}, not text"
+        detail = f"field {cfg.text_field!r} is of type {type(text).__name__}, not text"
         return BadRecord("wrong_type", len(line), detail)
     source = value.get(cfg.source_field) if cfg.source_field else None
     return _document(text, position, None if source is None else str(source))
