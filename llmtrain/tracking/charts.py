@@ -253,7 +253,8 @@ def mark_lines(chart: Chart, at_x: Callable[[float], float], top: float, floor: 
     free_from = (len(chart.y_unit) + 2) * CHARACTER_WIDTH
     for mark in sorted(chart.marks, key=lambda mark: mark.x):
         x = at_x(mark.x)
-        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 14:.1f}" y2="{floor:.1f}"/>')
+        begin_y = top - 14 if mark.label else top - 3  # a line without a name stays clear of the unit
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{begin_y:.1f}" y2="{floor:.1f}"/>')
         width = len(mark.label) * CHARACTER_WIDTH
         begin = min(x + 5, chart.width - width)
         if mark.label and begin >= free_from:

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmtrain.files import atomic_write
-from llmtrain.tracking.report_curves import loss_chart, small_charts
+from llmtrain.tracking.report_curves import loss_chart, small_charts, smoothed_steps
 from llmtrain.tracking.report_tables import (
     attempt_row,
     clock,
@@ -90,6 +90,7 @@ def render(run: RunData) -> str:
         findings=list(findings_of(run)),
         compression=compression_bars(run),
         loss_chart=loss_chart(run),
+        smoothed_steps=smoothed_steps(run),
         charts=small_charts(run),
         funnel=funnel_of(run),
         funnel_notes=funnel_notes(run),

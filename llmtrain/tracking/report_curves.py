@@ -12,7 +12,8 @@ from llmtrain.tracking.run_data import RunData, as_number, median_of, present_va
 from llmtrain.units import format_count, format_duration
 
 SMOOTHING_SHARE = 30
-"""The bold loss is a mean over the last 1/30 of the run's steps."""
+MIN_SMOOTHED_STEPS = 5
+"""The bold loss is a mean over the last 1/30 of the run's steps, and over no fewer than these."""
 MIN_STEPS_TO_CUT = 100
 CUT_SHARE = 15
 """The loss picture begins at the height that the curve has after 1/15 of the steps; the fall before it is
@@ -46,7 +47,7 @@ def loss_chart(run: RunData) -> Markup:
     steps, evals = run.of_kind("step"), run.of_kind("eval")
     xs = [record["step"] for record in steps]
     losses, held_out = values_of(steps, "loss"), values_of(evals, "eval_loss")
-    calm = smoothed(losses, max(1, len(steps) // SMOOTHING_SHARE))
+    calm = smoothed(losses, smoothed_steps(run))
     series = [Series(xs=xs, ys=losses, style="faint-train")]
     for attempt in sorted({record["attempt"] for record in run.undone}):
         lost = [record for record in run.undone if record["attempt"] == attempt]
@@ -78,6 +79,11 @@ def loss_chart(run: RunData) -> Markup:
             )
         )
     )
+
+
+def smoothed_steps(run: RunData) -> int:
+    """Over how many steps the bold loss is a mean."""
+    return max(MIN_SMOOTHED_STEPS, len(run.of_kind("step")) // SMOOTHING_SHARE)
 
 
 def small_charts(run: RunData) -> list[SmallChart]:

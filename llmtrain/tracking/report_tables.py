@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any
 from llmtrain.planner.laws import Interval
 from llmtrain.tracking.run_data import Attempt, RunData, as_number, median_of, present_values
 from llmtrain.units import format_bytes, format_count, format_duration
+
+INTERPRETER = re.compile(r"^\S*python[\d.]* (-m llmtrain\.cli\.main|\S*\bllmtrain) ")
+"""How the shell's `llmtrain` looks from inside the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +219,7 @@ def attempt_row(run: RunData, attempt: Attempt) -> dict[str, str]:
         "host": str(attempt.facts.get("host", "–")),
         "ranks": str(attempt.facts.get("world_size", "–")),
         "commit": f"{commit} + changes" if attempt.facts.get("git_dirty") else commit,
-        "command": str(attempt.facts.get("command_line", "–")),
+        "command": INTERPRETER.sub("llmtrain ", str(attempt.facts.get("command_line", "–"))),
     }
 
 

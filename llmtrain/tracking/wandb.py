@@ -34,6 +34,8 @@ QUEUE_BYTES = 1 << 20
 SPEC_NAME = "llmtrain.json"
 SYNC_HINT = "`wandb sync {folder}` sends what is on disk"
 POLL_S = 0.02
+NICENESS = 10
+"""W&B's import and service take what training leaves of the cores."""
 
 
 def with_grace(timeout_s: float) -> float:
@@ -188,6 +190,7 @@ class _Process:
         self._spec: dict[str, Any] = read_json(spec_path)
         self._init_deadline: float | None = None
         self._parent = os.getppid()
+        os.nice(NICENESS)
         # Reports go to training through this pipe; whatever W&B prints goes to the log.
         self._reports = os.dup(1)
         os.dup2(2, 1)

@@ -19,7 +19,7 @@ from llmtrain.planner.laws import Interval
 from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import MetricsFile
 from llmtrain.tracking.report import render, write_report
-from llmtrain.tracking.report_tables import comparison
+from llmtrain.tracking.report_tables import attempt_row, comparison
 from llmtrain.tracking.run_data import read_run
 
 FUNNEL = [
@@ -323,6 +323,21 @@ def test_losses_that_differ_when_done_again_are_a_warning(tmp_path):
         "2 steps (33.3%) were undone by a kill and done again; losses differ by up to 0.5." in Page(html).text
     )
     assert re.search(r'<li class="warn">2 steps', html)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "llmtrain train x=1",
+        "/venv/bin/python3 /venv/bin/llmtrain train x=1",
+        "python3.11 -m llmtrain.cli.main train x=1",
+    ],
+)
+def test_commands_are_shown_as_they_are_typed(tmp_path, command):
+    write_steps(tmp_path / "metrics.jsonl", 1, 0, 1, what="start")
+    record_start(tmp_path, attempt=1, command_line=command.split())
+    run = read_run(tmp_path)
+    assert attempt_row(run, run.attempts[0])["command"] == "llmtrain train x=1"
 
 
 # --- runs that are not whole ---
