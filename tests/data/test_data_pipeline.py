@@ -1,0 +1,416 @@
+"""The passes together: the same bytes however the work is cut, interrupted or repeated; nothing lost,
+all counted."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from llmtrain.data import pipeline, python_docs, tokenize
+from llmtrain.data.config import (
+    CorpusConfig,
+    DataConfig,
+    EngineConfig,
+    EngineKind,
+    Format,
+    HeldOutConfig,
+    PackConfig,
+    RulesConfig,
+    ShardsConfig,
+    TokenizerConfig,
+)
+from llmtrain.data.document import normalize
+from llmtrain.data.manifest import Manifest, read_manifest, verify
+from llmtrain.data.pipeline import run
+from llmtrain.data.shards import ShardReader
+from llmtrain.data.tokenizer.tokenizer import Tokenizer
+from llmtrain.data.tokenizer.words import WordEncoder
+from llmtrain.data.verdicts import check_closes
+from llmtrain.errors import ConfigError, DataError, LaunchError
+from llmtrain.files import FolderLock
+
+Config = Callable[..., DataConfig]
+Write = Callable[..., Path]
+
+
+def output_of(folder: Path) -> dict[str, bytes]:
+    """Every file that training may read."""
+    files = [folder / "manifest.json"]
+    for kind in ("shards", "packs", "tokenizer"):
+        files += sorted(path for path in (folder / kind).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def changed_times(folder: Path, *kinds: str) -> dict[str, int]:
+    return {
+        str(path): path.stat().st_mtime_ns
+        for kind in kinds
+        for path in (folder / kind).rglob("*")
+        if path.is_file()
+    }
+
+
+def dropped(manifest: Manifest, number: int) -> dict[str, int]:
+    counts = manifest.funnel[number]["dropped"]
+    return {reason: count["documents"] for reason, count in counts.items() if count["documents"]}
+
+
+@pytest.fixture
+def corpus(write_jsonl: Write, texts: list[str]) -> Path:
+    """120 documents, 3 duplicates, 2 short ones; two in need of normalising."""
+    return write_jsonl(
+        [*texts[:60], texts[0], "too short", "", texts[1], *texts[60:], texts[2] + "\r\n\x00", "e\u0301"]
+    )
+
+
+def test_every_kept_document_is_in_a_shard_whole_and_once(
+    corpus: Path, jsonl_config: Config, texts: list[str]
+) -> None:
+    cfg = jsonl_config(corpus, shards=ShardsConfig(text_bytes=20_000), held_out=HeldOutConfig(fraction=0.1))
+    manifest = run(cfg, quiet=True).manifest
+    out = Path(cfg.out)
+    tokenizer = Tokenizer.load(out / manifest.tokenizer.path)
+    found: dict[str, list[str]] = {"train": [], "held_out": []}
+    raw = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    for shard in manifest.shards:
+        reader = ShardReader(out / shard.path)
+        for number in range(reader.num_documents):
+            ids = reader.document(number)
+            assert ids[-1] == tokenizer.eos_id
+            text = tokenizer.decode(ids[:-1].tolist())
+            found[shard.split].append(text)
+            lineage = reader.lineage(number)
+            assert (lineage.path, lineage.source) == (str(corpus), "texts")
+            assert normalize(raw[lineage.record - 1]) == text
+    assert sorted(found["train"] + found["held_out"]) == sorted(normalize(text) for text in texts)
+    assert len(found["held_out"]) > 2
+    assert len(manifest.split_shards("train")) > 2
+    held_out = zstandard.decompress(
+        (out / manifest.held_out_text).read_bytes(), max_output_size=1 << 24
+    ).decode()
+    assert [json.loads(line)["text"] for line in held_out.splitlines()] == found["held_out"]
+    verify(out, read_manifest(out), content=True)
+
+
+def test_the_funnel_closes_and_counts_every_drop_once(corpus: Path, jsonl_config: Config) -> None:
+    manifest = run(jsonl_config(corpus), quiet=True).manifest
+    for entry in manifest.funnel:
+        check_closes(entry)
+    assert [entry["pass"] for entry in manifest.funnel] == [
+        "scan", "decide", "tokenize", "pack train seq_len=64", "pack held_out seq_len=64",
+    ]  # fmt: skip
+    assert dropped(manifest, 1) == {"empty": 1, "too_short": 2, "duplicate": 3}
+    assert manifest.funnel[0]["in"]["documents"] == 126
+    assert manifest.funnel[2]["kept"]["documents"] == 120
+    assert manifest.funnel[2]["differing_documents"] == 0
+    raw = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    num_away = sum(len(text.encode()) - len(normalize(text).encode()) for text in raw)
+    assert manifest.funnel[0]["dropped"] == {"normalised_away": {"documents": 0, "bytes": num_away}}
+
+
+def test_a_sum_that_does_not_close_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="scan: 3 documents came in, 2 are accounted for"):
+        check_closes(
+            {
+                "pass": "scan",
+                "in": {"documents": 3},
+                "kept": {"documents": 1},
+                "dropped": {"a": {"documents": 1}},
+            }
+        )
+
+
+def test_the_output_does_not_depend_on_units_workers_or_engine(
+    corpus: Path, jsonl_config: Config, tmp_path: Path
+) -> None:
+    cfg = jsonl_config(corpus, shards=ShardsConfig(text_bytes=20_000))
+    run(cfg, quiet=True)
+    expected = output_of(Path(cfg.out))
+    engines = [
+        EngineConfig(kind=EngineKind.inline, unit_bytes=700),
+        EngineConfig(kind=EngineKind.local, workers=2, unit_bytes=20_000),
+    ]
+    for number, engine in enumerate(engines):
+        out = tmp_path / f"again{number}"
+        run(replace(cfg, engine=engine, out=str(out)), quiet=True)
+        assert output_of(out) == expected
+
+
+def test_a_second_run_does_nothing_anew(corpus: Path, jsonl_config: Config) -> None:
+    cfg = jsonl_config(corpus)
+    run(cfg, quiet=True)
+    out = Path(cfg.out)
+    kinds = ("docs", "signals", "verdicts", "tokenizer", "shards", "packs")
+    before, output = changed_times(out, *kinds), output_of(out)
+    run(cfg, quiet=True)
+    assert changed_times(out, *kinds) == before
+    assert output_of(out) == output
+
+
+def test_a_changed_threshold_reads_no_text_again(corpus: Path, jsonl_config: Config) -> None:
+    cfg = jsonl_config(corpus)
+    first = run(cfg, quiet=True).manifest
+    before = changed_times(Path(cfg.out), "docs", "signals")
+    second = run(replace(cfg, rules=RulesConfig(min_words=151)), quiet=True).manifest
+    assert changed_times(Path(cfg.out), "docs", "signals") == before
+    assert dropped(second, 1)["too_short"] > dropped(first, 1)["too_short"]
+    assert second.hash() != first.hash()
+
+
+def test_changed_input_is_scanned_anew(
+    corpus: Path, jsonl_config: Config, write_jsonl: Write, texts: list[str]
+) -> None:
+    cfg = jsonl_config(corpus)
+    run(cfg, quiet=True)
+    write_jsonl(texts[:100])
+    assert run(cfg, quiet=True).manifest.funnel[0]["in"]["documents"] == 100
+
+
+def test_more_row_lengths_need_no_new_shards(corpus: Path, jsonl_config: Config) -> None:
+    cfg = jsonl_config(corpus)
+    first = run(cfg, quiet=True).manifest
+    second = run(replace(cfg, pack=PackConfig(seq_lens=[64, 32])), quiet=True).manifest
+    assert second.shards == first.shards
+    assert [(pack.split, pack.seq_len) for pack in second.packs] == [
+        ("train", 32), ("held_out", 32), ("train", 64), ("held_out", 64),
+    ]  # fmt: skip
+    assert second.packs[2:] == first.packs
+
+
+def test_a_given_tokenizer_is_used_as_it_is(
+    corpus: Path, jsonl_config: Config, tokenizer_folder: Path
+) -> None:
+    given = Tokenizer.load(tokenizer_folder)
+    cfg = jsonl_config(corpus, tokenizer=TokenizerConfig(path=str(tokenizer_folder)))
+    assert run(cfg, quiet=True).manifest.tokenizer.fingerprint == given.fingerprint
+
+
+def test_a_wrong_look_up_is_counted_and_repaired(
+    corpus: Path, jsonl_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = jsonl_config(corpus)
+    right = run(cfg, quiet=True).manifest
+    encode = WordEncoder.encode
+
+    def wrong(self: WordEncoder, text: Any, offsets: Any) -> Any:
+        ids, lengths = encode(self, text, offsets)
+        ids[0] += 1
+        return ids, lengths
+
+    monkeypatch.setattr(tokenize.WordEncoder, "encode", wrong)
+    again = run(replace(cfg, out=str(tmp_path / "again")), quiet=True).manifest
+    assert again.hash() == right.hash()
+    assert again.funnel[2]["differing_documents"] == len(again.shards)
+
+
+def test_bad_records_are_listed_counted_and_stop_the_run_past_their_share(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str], tmp_path: Path
+) -> None:
+    path = write_jsonl(texts)
+    lines = path.read_bytes().splitlines()
+    lines[10:10] = [b'{"text": "broken', b'{"body": 1}', b'{"text": "\xff"}']
+    path.write_bytes(b"\n".join(lines))
+    cfg = jsonl_config(path, engine=EngineConfig(kind=EngineKind.inline, unit_bytes=3000))
+    message = (
+        r"3 of 123 records \(2.44%\) are bad, more than max_quarantine_share=1.00%: "
+        r"broken_json 1, invalid_utf8 1, missing_field 1; the first: .*texts.jsonl, record 11: "
+        r".*all.jsonl; mend them"
+    )
+    for _ in range(2):
+        with pytest.raises(DataError, match=message):
+            run(cfg, quiet=True)
+    manifest = run(replace(cfg, max_quarantine_share=0.1), quiet=True).manifest
+    assert dropped(manifest, 0) == {"broken_json": 1, "invalid_utf8": 1, "missing_field": 1}
+    (listing,) = (tmp_path / "out/quarantine").rglob("all.jsonl")
+    records = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert [(record["record"], record["reason"]) for record in records] == [
+        (11, "broken_json"), (12, "missing_field"), (13, "invalid_utf8"),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="are bad, more than max_quarantine_share"):
+        run(cfg, quiet=True)  # finished verdicts do not hide the share
+
+
+def test_a_missing_field_names_the_fields_there_are(write_jsonl: Write, jsonl_config: Config) -> None:
+    path = write_jsonl([{"body": "a", "title": "b"}] * 3)
+    with pytest.raises(DataError, match=r"3 of 3 .* missing_field 3.* no field 'text'; fields: body, title"):
+        run(jsonl_config(path), quiet=True)
+
+
+def test_an_empty_corpus_is_an_error(write_jsonl: Write, jsonl_config: Config) -> None:
+    path = write_jsonl([])
+    with pytest.raises(DataError, match=r"corpus jsonl is empty: no document in .*texts.jsonl"):
+        run(jsonl_config(path), quiet=True)
+
+
+def test_when_no_document_is_kept_the_rules_are_named(write_jsonl: Write, jsonl_config: Config) -> None:
+    path = write_jsonl([f"just {number} words" for number in range(5)])
+    with pytest.raises(DataError, match=r"0 of 5 documents are left.* too_short 5.*rules.min_words=50"):
+        run(jsonl_config(path), quiet=True)
+
+
+def test_a_vocabulary_that_does_not_fit_says_the_largest_possible(corpus: Path, jsonl_config: Config) -> None:
+    with pytest.raises(DataError, match=r"vocab_size=60000 is larger than the text allows, at most \d+"):
+        run(jsonl_config(corpus, tokenizer=TokenizerConfig(vocab_size=60_000)), quiet=True)
+
+
+def test_a_corpus_too_small_for_a_row_is_an_error(corpus: Path, jsonl_config: Config) -> None:
+    with pytest.raises(DataError, match=r"holds [\d,]+ tokens, less than one row of pack.seq_lens=9999999"):
+        run(jsonl_config(corpus, pack=PackConfig(seq_lens=[9_999_999])), quiet=True)
+
+
+def test_two_runs_do_not_write_one_folder(corpus: Path, jsonl_config: Config) -> None:
+    cfg = jsonl_config(corpus)
+    with FolderLock(Path(cfg.out)), pytest.raises(LaunchError, match="is being written by pid"):
+        run(cfg, quiet=True)
+    run(cfg, quiet=True)
+
+
+def test_other_errors_of_the_system_stay_what_they_are(
+    corpus: Path, jsonl_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.EACCES, "no entry")
+
+    monkeypatch.setattr(pipeline, "plan_units", refuse)
+    with pytest.raises(OSError, match="no entry"):
+        run(jsonl_config(corpus), quiet=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    mount = subprocess.run(command, capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {mount.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("kind", list(EngineKind))
+def test_a_full_disk_is_named_with_its_bytes(
+    small_disk: Path, write_jsonl: Write, jsonl_config: Config, texts: list[str], kind: EngineKind
+) -> None:
+    noise = random.Random(0)
+    documents = [text + "".join(chr(noise.randint(0x4E00, 0x9FFF)) for _ in range(3000)) for text in texts]
+    cfg = jsonl_config(
+        write_jsonl(documents),
+        out=str(small_disk / "out"),
+        engine=EngineConfig(kind=kind, workers=1, unit_bytes=40_000),
+    )
+    with pytest.raises(
+        DataError, match=r"no space left for .*/small/out: [\d,]+ bytes written, [\d,]+ bytes free"
+    ):
+        run(cfg, quiet=True)
+    assert not [path for path in small_disk.rglob("*") if ".tmp-" in path.name]
+
+
+KILLED = """
+import sys
+from llmtrain.data.config import *
+from llmtrain.data.pipeline import run
+
+if __name__ == "__main__":
+    run(
+        DataConfig(
+            corpus=CorpusConfig(name="jsonl", format=Format.jsonl, paths=[sys.argv[1]]),
+            tokenizer=TokenizerConfig(vocab_size=600),
+            pack=PackConfig(seq_lens=[64]),
+            shards=ShardsConfig(text_bytes=3000),
+            engine=EngineConfig(kind=EngineKind[sys.argv[3]], workers=2, unit_bytes=2000),
+            out=sys.argv[2],
+        ),
+        quiet=True,
+    )
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_kills"),
+    [
+        ("inline", 3),
+        pytest.param("inline", 30, marks=pytest.mark.slow),
+        pytest.param("local", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
+    corpus: Path, jsonl_config: Config, tmp_path: Path, kind: str, num_kills: int
+) -> None:
+    cfg = jsonl_config(corpus, shards=ShardsConfig(text_bytes=3000))
+    run(cfg, quiet=True)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, str(tmp_path / "killed.py"), str(corpus), str(tmp_path / "killed"), kind]
+    delays = random.Random(num_kills)
+    progress = []
+    for _ in range(num_kills):
+        started = subprocess.Popen(command)
+        while started.poll() is None and not (tmp_path / "killed/.lock").exists():
+            time.sleep(0.01)
+        time.sleep(delays.uniform(0.3, 1.3) if kind == "inline" else delays.uniform(0.3, 3.0))
+        started.kill()
+        started.wait()
+        progress.append(len([path for path in (tmp_path / "killed").rglob("*") if ".tmp-" not in path.name]))
+    subprocess.run(command, check=True, timeout=60)
+    assert progress == sorted(progress)  # finished work is never done away with
+    visible = {
+        name: content for name, content in output_of(tmp_path / "killed").items() if ".tmp-" not in name
+    }
+    assert visible == output_of(Path(cfg.out))
+
+
+def test_the_embedded_corpus_stops_at_its_cap_whatever_the_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [
+        file for file in python_docs.installed_files() if file.source in ("python", "numpy", "sentencepiece")
+    ]
+    monkeypatch.setattr(python_docs, "installed_files", lambda: files)
+    outputs = []
+    for number, unit_bytes in enumerate((100_000, 5 << 20)):
+        cfg = DataConfig(
+            corpus=CorpusConfig(name="python_docs", format=Format.python_docs, max_text_bytes=600_000),
+            tokenizer=TokenizerConfig(vocab_size=1000),
+            engine=EngineConfig(kind=EngineKind.inline, unit_bytes=unit_bytes),
+            max_quarantine_share=0.1,
+            out=str(tmp_path / str(number)),
+        )
+        manifest = run(cfg, quiet=True).manifest
+        assert 600_000 <= manifest.funnel[0]["kept"]["bytes"] < 1_000_000
+        outputs.append(output_of(Path(cfg.out)))
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (HeldOutConfig, {"fraction": 0.0}, "held_out.fraction=0.0 must lie between 0 and 1"),
+        (HeldOutConfig, {"max_bytes": 0}, "held_out.max_bytes=0 must be at least 1"),
+        (TokenizerConfig, {"vocab_size": 258}, "tokenizer.vocab_size=258 must be at least 259"),
+        (TokenizerConfig, {"sample_bytes": 0}, "tokenizer.sample_bytes=0 must be at least 1"),
+        (TokenizerConfig, {"character_coverage": 0.0}, "tokenizer.character_coverage=0.0 must lie in"),
+        (ShardsConfig, {"text_bytes": 0}, "shards.text_bytes=0 must be at least 1"),
+        (PackConfig, {"seq_lens": []}, r"pack.seq_lens=\[\] must name different lengths of at least 2"),
+        (PackConfig, {"seq_lens": [8, 8]}, r"pack.seq_lens=\[8, 8\] must name different lengths"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kind: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**settings)
+
+
+def test_the_quarantine_share_is_a_share(jsonl_config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"max_quarantine_share=1.5 must lie in 0..1"):
+        jsonl_config("x", max_quarantine_share=1.5)
