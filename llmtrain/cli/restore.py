@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,13 +11,11 @@ import torch
 
 from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
-from llmtrain.errors import CheckpointError, DataError
+from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.files import read_json
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.transformer import Transformer
 from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
-
-log = logging.getLogger(__name__)
 
 
 class Precision(Enum):
@@ -59,9 +56,11 @@ def load_transformer(
         device: None takes a GPU if there is one.
 
     Raises:
+        ConfigError: no such device here.
         CheckpointError: nothing to load there, or damaged, or of another shape than its own config says.
         DataError: the data folder is gone, or holds another tokenizer than the run was trained with.
     """
+    where = _pick_device(device)
     reader, run_folder = _open_checkpoint(path)
     folder = _find_data(reader, run_folder) if data_folder is None else data_folder
     manifest = read_manifest(folder)
@@ -73,7 +72,7 @@ def load_transformer(
             f"{tokenizer.fingerprint}; give the data folder of that run as data_folder=FOLDER"
         )
     return Restored(
-        model=_read_weights(reader, device=device, precision=precision),
+        model=_read_weights(reader, device=where, precision=precision),
         tokenizer=tokenizer,
         checkpoint=reader.path,
         run_folder=run_folder,
@@ -120,13 +119,26 @@ def _find_data(reader: CheckpointReader, run_folder: Path | None) -> Path:
     )
 
 
-def _read_weights(reader: CheckpointReader, *, device: str | None, precision: Precision) -> Transformer:
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def _pick_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"device={name} cannot be used: {reason}; set device=cpu or leave it out"
+        ) from error
+    return device
+
+
+def _read_weights(reader: CheckpointReader, *, device: torch.device, precision: Precision) -> Transformer:
     with torch.device("meta"):
         model = Transformer(ModelConfig(**reader.state["model"]))
     reader.require({name: weight.shape for name, weight in model.named_parameters()}, kinds=["weight"])
     dtype = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}[precision]
-    model = model.to(dtype).to_empty(device=where).eval().requires_grad_(False)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
     for name, weight in model.named_parameters():
         weight.copy_(torch.from_numpy(reader.read("weight", name)))
     return model
