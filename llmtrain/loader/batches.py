@@ -56,8 +56,9 @@ class Batch:
 class Batches:
     """This rank's micro batches of every step, and of the held-out rows.
 
-    While a step computes, a thread reads the next one. It is a daemon and holds nothing that needs an
-    orderly end; an error in it is raised by the call that asks for that step.
+    While a step computes, a thread reads the next one; an error in it is raised by the call that asks for that
+    step. Call `close` before the process ends: a thread that is still inside torch when the interpreter goes
+    aborts the process.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Batches:
         self.dp_size = dp_size
         self.prefetch = prefetch
         self._next: tuple[int, Future[list[Batch]]] | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def num_micro_steps(self) -> int:
@@ -133,8 +135,15 @@ class Batches:
             except Exception as error:  # raised where the result is asked for
                 future.set_exception(error)
 
-        threading.Thread(target=run, name=f"read rows from {position}", daemon=True).start()
+        self._thread = threading.Thread(target=run, name=f"read rows from {position}", daemon=True)
+        self._thread.start()
         return position, future
+
+    def close(self) -> None:
+        """Wait for the read that is under way, and forget it."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._next = None
 
 
 def check_split(*, global_batch_rows: int, micro_batch_rows: int, dp_size: int) -> None:

@@ -80,6 +80,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             dp_rank=rank,
             dp_size=world_size,
         )
+        stack.callback(batches.close)
         start_up.mark("model")
 
         recorder: Recorder = SilentRecorder()

@@ -203,3 +203,10 @@ def test_held_out_of_batches_uses_its_own_layout(rows: Rows) -> None:
     batches = batches_of(rows, dp_rank=1, dp_size=2, micro=3)
     assert [batch.rows.tolist() for batch in batches.held_out(rows, max_rows=8)] == [[3, 4, 5], [NO_ROW] * 3]
     assert batches.num_micro_steps == 2
+
+
+def test_no_thread_is_left_after_close(rows: Rows) -> None:
+    batches = batches_of(rows, micro=12, prefetch=True)
+    batches.micro_batches(0)
+    batches.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read rows")]
