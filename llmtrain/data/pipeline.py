@@ -99,6 +99,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         report_times[name] = (time.monotonic() - wall, time.process_time() - cpu)
 
     with _disk_full_explained(out), FolderLock(out):
+        _remove_leftovers(out)
         engine = make_engine(cfg.engine)
         with timed("compile"):
             _warm_up()
@@ -439,6 +440,12 @@ def _pack_funnel(pack: PackEntry, shards: list[ShardEntry]) -> dict[str, Any]:
         "kept": {"tokens": pack.num_target_tokens},
         "dropped": {"first_of_document": {"tokens": num_documents}},
     }
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Delete the temporary files of writers that were killed. The folder is ours while the lock is."""
+    for path in out.rglob(".*.tmp-*"):
+        path.unlink(missing_ok=True)
 
 
 def _key(**parts: Any) -> str:

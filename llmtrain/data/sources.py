@@ -238,7 +238,9 @@ def _parse_json(line: bytes, position: int, cfg: CorpusConfig) -> Record:
     except (ValueError, RecursionError) as error:
         return BadRecord("broken_json", len(line), str(error))
     if not isinstance(value, dict):
-        return BadRecord("wrong_type", len(line), f"a JSON value of type {type(value).__name__}, not an object")
+        return BadRecord(
+            "wrong_type", len(line), f"a JSON value of type {type(value).__name__}, not an object"
+        )
     if cfg.text_field not in value:
         detail = f"no field {cfg.text_field!r}; fields: {', '.join(sorted(value))}"
         return BadRecord("missing_field", len(line), detail)

@@ -54,8 +54,9 @@ def load_signals(out: Path, scanned: Scanned) -> pa.Table:
         records = table.column("record").to_numpy() + np.array(before, dtype=np.int64)[slices]
         path = pa.DictionaryArray.from_arrays(pa.array(slices, pa.int32()), pa.array(names, pa.string()))
         columns = {name: table.column(name) for name in table.column_names}
+        columns["source"] = table.column("source").cast(pa.large_string())
         columns["record"] = pa.array(records, pa.int64())
-        columns["path"] = path.cast(pa.string())
+        columns["path"] = path.cast(pa.string()).cast(pa.large_string())  # over 2 GiB of names in one table
         columns["unit"] = pa.array(np.full(table.num_rows, unit.number, dtype=np.int32))
         columns["row"] = pa.array(np.arange(table.num_rows, dtype=np.int64))
         tables.append(pa.table(columns))

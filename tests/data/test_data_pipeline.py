@@ -159,6 +159,23 @@ def test_a_second_run_does_nothing_anew(corpus: Path, jsonl_config: Config) -> N
     assert output_of(out) == output
 
 
+def test_what_a_killed_writer_left_is_cleared_away(corpus: Path, jsonl_config: Config) -> None:
+    cfg = jsonl_config(corpus)
+    leftover = Path(cfg.out, "shards/key/.train-00000.bin.tmp-123")
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    run(cfg, quiet=True)
+    assert not leftover.exists()
+
+
+def test_a_text_longer_than_allowed_goes_to_the_quarantine(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str]
+) -> None:
+    path = write_jsonl([*texts, "word " * 500])
+    manifest = run(jsonl_config(path, corpus={"max_document_bytes": 2000}), quiet=True).manifest
+    assert dropped(manifest, 0) == {"absurd_length": 1}
+
+
 def test_a_changed_threshold_reads_no_text_again(corpus: Path, jsonl_config: Config) -> None:
     cfg = jsonl_config(corpus)
     first = run(cfg, quiet=True).manifest
@@ -365,7 +382,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
         time.sleep(delays.uniform(0.2, 1.0))
         started.kill()
         if started.wait() == 0:  # it had come to its end
-            assert finished(out) == expected
+            assert output_of(out) == expected
             shutil.rmtree(out)
             num_files = 0
             continue
@@ -374,12 +391,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
         assert found >= num_files  # what is finished stays
         num_files = found
     subprocess.run(command, check=True, timeout=60)
-    assert finished(out) == expected
-
-
-def finished(folder: Path) -> dict[str, bytes]:
-    """The output without the temporary files that killed writers left."""
-    return {name: content for name, content in output_of(folder).items() if ".tmp-" not in name}
+    assert output_of(out) == expected
 
 
 def test_the_embedded_corpus_stops_at_its_cap_whatever_the_units(

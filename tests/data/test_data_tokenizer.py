@@ -138,6 +138,20 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_a_model_that_cannot_encode_every_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    with open(tmp_path / MODEL_NAME, "wb") as handle:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=handle,
+            model_type="bpe",
+            vocab_size=200,
+            minloglevel=2,
+        )
+    with pytest.raises(DataError, match="needs an EOS piece and byte fallback"):
+        Tokenizer.load(tmp_path)
+
+
 def test_a_changed_model_is_told_from_its_fingerprint(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / MODEL_NAME).write_bytes((tokenizer_folder / MODEL_NAME).read_bytes())
     write_json(tmp_path / FACTS_NAME, {"fingerprint": "0" * 64})
