@@ -56,9 +56,9 @@ class Batch:
 class Batches:
     """This rank's micro batches of every step, and of the held-out rows.
 
-    While a step computes, a thread reads the next one; an error in it is raised by the call that asks for that
-    step. Call `close` before the process ends: a thread that is still inside torch when the interpreter goes
-    aborts the process.
+    While a step computes, a thread reads the next one; an error in it is raised by the call that asks for
+    that step. Call `close` before the process ends: a thread that is still inside torch when the interpreter
+    goes aborts the process.
     """
 
     def __init__(

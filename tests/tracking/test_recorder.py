@@ -32,7 +32,9 @@ def record_steps(folder: Path, losses: dict[int, float], *, attempt: int) -> Non
 
 
 @pytest.mark.parametrize(("again", "difference"), [(2.5, 0.0), (2.75, 0.25)])
-def test_a_resume_tells_whether_replayed_losses_agree(tmp_path: Path, again: float, difference: float) -> None:
+def test_a_resume_tells_whether_replayed_losses_agree(
+    tmp_path: Path, again: float, difference: float
+) -> None:
     record_steps(tmp_path, {1: 3.0, 2: 2.5, 3: 2.0}, attempt=1)
     record_steps(tmp_path, {2: again, 3: 2.0, 4: 1.5}, attempt=2)
     verdicts = [line for line in read_lines(tmp_path / "metrics.jsonl") if line.get("what") == "replayed"]
@@ -42,8 +44,12 @@ def test_a_resume_tells_whether_replayed_losses_agree(tmp_path: Path, again: flo
 
 
 def test_a_run_that_fails_says_why_in_its_metrics(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="boom"), recorder(tmp_path, attempt=1, start_step=0) as told:
-        told.step(1, loss=1.0)
-        raise ValueError("boom")
+    def fail() -> None:
+        with recorder(tmp_path, attempt=1, start_step=0) as told:
+            told.step(1, loss=1.0)
+            raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"):
+        fail()
     last = read_lines(tmp_path / "metrics.jsonl")[-1]
     assert (last["what"], last["error"], last["step"]) == ("failed", "ValueError: boom", 1)
