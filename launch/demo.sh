@@ -6,12 +6,12 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
-name=demo data=data/python_docs kill_at=72
+name=demo data=data/python_docs kill_at=180
 text=() size=()
 if [[ ${DEMO_SCALE:-} == short ]]; then
     name=demo_short data=data/python_docs_short kill_at=10
     text=("out=$data" corpus.max_text_bytes=6000000)
-    size=("run.name=$name" "data.folder=$data" train.total_tokens=65536 schedule.warmup_tokens=8192
+    size=("run.name=$name" "data.folder=$data" train.total_tokens=32768 schedule.warmup_tokens=4096
           train.eval_every_steps=8 train.save_every_steps=4)
 fi
 run=runs/$name
@@ -32,9 +32,9 @@ last_step() { grep -o '"kind": "step", "step": [0-9]*' "$run/metrics.jsonl" 2>/d
 
 if ((10#$(last_step) < kill_at)); then
     printf '\n\033[1m$ %s\033[0m     (to be killed after step %s)\n' "${train[*]}" "$kill_at"
-    set -m # a process group of its own, so that one kill -9 ends torchrun and every rank at once
+    set -m # a process group of its own, so that one kill -9 ends the script and torchrun
     "${train[@]}" &
-    job=$!
+    job=$! # torchrun; its ranks die with it
     set +m
     trap 'kill -9 -- -$job 2>/dev/null || true' EXIT
     while kill -0 $job 2>/dev/null && ((10#$(last_step) < kill_at)); do sleep 0.2; done

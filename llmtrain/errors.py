@@ -34,6 +34,10 @@ class LaunchError(LLMTrainError, OSError):
     """Processes that could not be started or could not meet: a taken port, a wrong world size."""
 
 
+class DiskError(LLMTrainError, OSError):
+    """A file that could not be written while a run was on: a full disk, a file system that went away."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Return a message for an unknown `name`: the nearest known one first, then all of them."""
     names = sorted(known)

@@ -3,11 +3,13 @@ twin."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from llmtrain.errors import DiskError
 from llmtrain.tracking.config import TrackingConfig, WandbMode
 from llmtrain.tracking.console import Console
 from llmtrain.tracking.metrics import MetricsFile, read_lines
@@ -130,14 +132,21 @@ class RunRecorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self.event("failed", self._step, error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(DiskError):  # the error that is on its way out says more
+                self.event("failed", self._step, error=f"{type(error).__name__}: {error}")
         if self._wandb is not None:
             self._wandb.finish()
         self._console.close()
         self._metrics.close()
 
     def _write(self, kind: str, step: int, fields: Mapping[str, object]) -> dict[str, Any]:
-        record = self._metrics.write(kind, step, **fields)
+        try:
+            record = self._metrics.write(kind, step, **fields)
+        except OSError as error:
+            raise DiskError(
+                f"{self._metrics.path} cannot be written at step {step}: {error.strerror}; make room "
+                f"and resume, the checkpoints so far are whole"
+            ) from error
         if self._wandb is not None:
             self._wandb.log(record)
         return record

@@ -3,6 +3,8 @@ can learn."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -119,3 +121,11 @@ def train_arguments(data: Path, run: Path, *overrides: str) -> list[str]:
         "tracking.wandb": "off",
     }
     return ["train", *(f"{key}={value}" for key, value in settings.items()), *overrides]
+
+
+def wait_for(claim: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Return once `claim` holds."""
+    limit = time.monotonic() + timeout_s
+    while not claim():
+        assert time.monotonic() < limit, "waited in vain"
+        time.sleep(0.02)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from data_folder import train_arguments
+from data_folder import train_arguments, wait_for
 
 from llmtrain.tracking.metrics import read_lines, read_metrics
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
@@ -157,10 +157,3 @@ def test_kill_9_at_20_random_moments_loses_no_committed_step(
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
-
-
-def wait_for(claim: Any, timeout_s: float = 60.0) -> None:
-    limit = time.monotonic() + timeout_s
-    while not claim():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from data_folder import train_arguments, write_data_folder
+from data_folder import train_arguments, wait_for, write_data_folder
 
 from llmtrain.cli.compose import EXIT_USER_ERROR
 from llmtrain.files import FolderLock
 from llmtrain.tracking.metrics import read_metrics
+from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     from conftest import Finished, Launcher
@@ -102,6 +106,44 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(
     assert "resume with a lower optimizer.peak_lr" in text
     events = [line.get("what") for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert "diverged" in events
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_stops_the_run_with_its_name_and_loses_nothing(
+    launcher: Launcher, data: Path, small_disk: Path
+) -> None:
+    folder = small_disk / "run"
+    arguments = train_arguments(
+        data, folder, "train.total_tokens=500000", "data.max_epochs=99", "train.save_every_steps=1"
+    )
+    run = launcher.start(arguments)
+    wait_for(lambda: len(list_checkpoints(folder / "checkpoints")) == 2 if folder.exists() else False)
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as handle:
+        while run.processes[0].is_alive():
+            handle.write(bytes(4096))
+    assert run.wait() == EXIT_USER_ERROR, run.text()
+    assert "No space left on device" in run.text()
+    assert str(folder) in run.text()
+    filler.unlink()
+    kept = newest_checkpoint(folder / "checkpoints")
+    assert kept is not None, "the checkpoints from before are gone"
+    status, text = launcher.run(
+        [*arguments, "run.intent=resume", "train.total_tokens=1", "schedule.warmup_tokens=0"]
+    )
+    assert status == 0, text
+    assert f"start: step {CheckpointReader(kept).step} from" in text
 
 
 def damaged(finished: Finished, folder: Path) -> Path:

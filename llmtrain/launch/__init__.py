@@ -1,1 +1,0 @@
-"""Command lines that start processes. No torch."""
