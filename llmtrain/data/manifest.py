@@ -93,15 +93,20 @@ class Manifest:
     """Relative path of a .jsonl.zst with `id` and `text` of every held-out document, in shard order."""
     tool_version: str
 
-    def hash(self) -> str:
-        """Return sha256 of what decides the tokens of every row: shards, packs and tokenizer."""
+    def hash(self, seq_len: int) -> str:
+        """Return sha256 of what decides the tokens of every row of `seq_len`: shards, its packs, tokenizer.
+
+        Packs of other lengths leave it as it is.
+        """
         return hash_json(
             {
                 "dtype": self.dtype,
                 "tokenizer": self.tokenizer.fingerprint,
                 "shards": [[shard.split, shard.sha256, shard.idx_sha256] for shard in self.shards],
                 "packs": [
-                    [pack.split, pack.seq_len, pack.rows_sha256, pack.spans_sha256] for pack in self.packs
+                    [pack.split, pack.seq_len, pack.rows_sha256, pack.spans_sha256]
+                    for pack in self.packs
+                    if pack.seq_len == seq_len
                 ],
             }
         )

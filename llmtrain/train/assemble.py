@@ -139,7 +139,7 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
     return Start(
         attempt=next_attempt(folder.metrics),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
-        manifest_hash=manifest.hash(),
+        manifest_hash=manifest.hash(cfg.data.seq_len),
     )
 
 

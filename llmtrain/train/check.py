@@ -197,10 +197,13 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> 
     fixed, changed = compare_to_checkpoint(cfg, reader)
     found.problems.extend(fixed)
     found.warnings.extend(changed)
-    if manifest is not None and manifest.hash() != reader.state["manifest_hash"]:
+    if manifest is None or reader.state["config"]["data"]["seq_len"] != cfg.data.seq_len:
+        return  # said above
+    now, then = manifest.hash(cfg.data.seq_len), reader.state["manifest_hash"]
+    if now != then:
         found.problems.append(
             f"the data in {cfg.data.folder} is not what step {reader.step} was trained on (manifest "
-            f"{manifest.hash()[:12]}, checkpoint {reader.state['manifest_hash'][:12]}); point "
+            f"{now[:12]}, checkpoint {then[:12]}); point "
             "data.folder at the old "
             f"data, or use run.intent=warm_start to go on with other data"
         )

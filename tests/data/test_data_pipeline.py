@@ -183,7 +183,7 @@ def test_a_changed_threshold_reads_no_text_again(corpus: Path, jsonl_config: Con
     second = run(replace(cfg, rules=RulesConfig(min_words=165)), quiet=True).manifest
     assert changed_times(Path(cfg.out), "docs", "signals") == before
     assert dropped(second, 1)["too_short"] > dropped(first, 1)["too_short"]
-    assert second.hash() != first.hash()
+    assert second.hash(64) != first.hash(64)
 
 
 def test_changed_input_is_scanned_anew(
@@ -204,6 +204,7 @@ def test_more_row_lengths_need_no_new_shards(corpus: Path, jsonl_config: Config)
         ("train", 32), ("held_out", 32), ("train", 64), ("held_out", 64),
     ]  # fmt: skip
     assert second.packs[2:] == first.packs
+    assert second.hash(64) == first.hash(64) != second.hash(32)  # a run on the old length goes on
 
 
 def test_a_given_tokenizer_is_used_as_it_is(
@@ -228,7 +229,7 @@ def test_a_wrong_look_up_is_counted_and_repaired(
 
     monkeypatch.setattr(tokenize.WordEncoder, "encode", wrong)
     again = run(replace(cfg, out=str(tmp_path / "again")), quiet=True).manifest
-    assert again.hash() == right.hash()
+    assert again.hash(64) == right.hash(64)
     assert again.funnel[2]["differing_documents"] == len(again.shards)
 
 

@@ -219,9 +219,13 @@ def test_a_manifest_is_read_back_as_it_was_written(data_folder: tuple[Path, Mani
 
 def test_the_manifests_hash_is_that_of_the_tokens(data_folder: tuple[Path, Manifest]) -> None:
     _, manifest = data_folder
-    assert replace(manifest, versions={"a": "b"}, funnel=[{}]).hash() == manifest.hash()
+    assert replace(manifest, versions={"a": "b"}, funnel=[{}]).hash(4) == manifest.hash(4)
     other = replace(manifest.shards[0], sha256="0" * 64)
-    assert replace(manifest, shards=[other]).hash() != manifest.hash()
+    assert replace(manifest, shards=[other]).hash(4) != manifest.hash(4)
+    (pack,) = manifest.packs
+    changed = replace(pack, rows_sha256="0" * 64)
+    assert replace(manifest, packs=[changed]).hash(4) != manifest.hash(4)
+    assert replace(manifest, packs=[pack, replace(changed, seq_len=8)]).hash(4) == manifest.hash(4)
 
 
 def test_an_unknown_row_length_lists_the_known(data_folder: tuple[Path, Manifest]) -> None:

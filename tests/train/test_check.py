@@ -167,6 +167,14 @@ def test_a_resume_on_other_data_is_refused(finished: Finished, tmp_path: Path) -
     assert "is not what step 12 was trained on" in text
 
 
+def test_a_resume_with_another_row_length_is_refused_once(finished: Finished, tmp_path: Path) -> None:
+    other = write_data_folder(tmp_path / "data", seq_len=64)
+    status, text = check(*finished.arguments, "run.intent=resume", f"data.folder={other}", "data.seq_len=64")
+    assert status == EXIT_USER_ERROR
+    assert "data.seq_len=64, but step 12 was trained with 32; a resume cannot change it" in text
+    assert "is not what step 12 was trained on" not in text
+
+
 def test_a_warm_start_keeps_the_shape(finished: Finished, tmp_path: Path) -> None:
     status, text = check(
         *finished.arguments,
