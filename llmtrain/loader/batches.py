@@ -25,6 +25,10 @@ NO_ROW = -1
 """In `Batch.rows`: a row that only fills up the batch, all of it masked."""
 
 
+CLOSE_TIMEOUT_S = 10.0
+"""A read that hangs longer, on a file system that went away, is left to its fate."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one rank feeds to one forward."""
@@ -142,7 +146,7 @@ class Batches:
     def close(self) -> None:
         """Wait for the read that is under way, and forget it."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=CLOSE_TIMEOUT_S)
         self._thread = self._next = None
 
 
@@ -160,7 +164,9 @@ def check_split(*, global_batch_rows: int, micro_batch_rows: int, dp_size: int) 
 def held_out_batches(
     rows: Rows, *, micro_batch_rows: int, dp_rank: int, dp_size: int, max_rows: int | None = None
 ) -> Iterator[Batch]:
-    """Yield this rank's part of the first `max_rows` rows (None: all), in order, each row on one rank only.
+    """Yield this rank's part of `max_rows` rows spread evenly over the split (None: all of it), in order.
+
+    Spread, because neighbours are pieces of the same few documents. Each row is on one rank only.
 
     Every rank gets the same number of batches of the same shape, so collectives in the forward stay in
     step: where the rows run out, rows that are masked as a whole fill up.
@@ -170,9 +176,10 @@ def held_out_batches(
     for first in range(0, num_rows, rows_at_once):
         numbers = first + dp_rank * micro_batch_rows + np.arange(micro_batch_rows)
         is_real = numbers < num_rows
-        block = rows.read_many(np.minimum(numbers, num_rows - 1))
+        chosen = np.minimum(numbers, num_rows - 1) * rows.num_rows // max(1, num_rows)
+        block = rows.read_many(chosen)
         block.targets[~is_real] = NO_TARGET
-        yield _to_batch(block, np.where(is_real, numbers, NO_ROW))
+        yield _to_batch(block, np.where(is_real, chosen, NO_ROW))
 
 
 def _to_batch(block: Row, rows: npt.NDArray[np.int64]) -> Batch:

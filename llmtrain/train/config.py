@@ -75,7 +75,7 @@ class TrainConfig:
     eval_every_steps: int = 0
     """Steps between held-out evaluations; 0: only after the last step."""
     eval_rows: int | None = None
-    """Held-out rows of an evaluation inside the run; null: all of them."""
+    """Held-out rows of an evaluation inside the run, spread evenly over the split; null: all of them."""
     save_every_steps: int = 1000
     """Steps between checkpoints; one is also saved after the last step and at a stop signal."""
     keep_checkpoints: int = 2

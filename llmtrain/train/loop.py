@@ -150,7 +150,7 @@ def evaluate(
     progress: Progress,
     recorder: Recorder,
 ) -> None:
-    """Record the held-out loss over the first train.eval_rows rows of the held-out split."""
+    """Record the held-out loss over train.eval_rows rows of the held-out split."""
     start = time.perf_counter()
     batches = held_out_batches(
         held_out,

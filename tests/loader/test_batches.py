@@ -189,8 +189,9 @@ def test_held_out_rows_come_once_over_ranks_with_equal_numbers_of_batches(
     assert len({len(batches) for batches in by_rank}) == 1
     num_rows = min(rows.num_rows, max_rows or rows.num_rows)
     found = np.concatenate([batch.rows for batches in by_rank for batch in batches])
-    assert sorted(found[found != NO_ROW].tolist()) == list(range(num_rows))
-    expected = rows.read_many(np.arange(num_rows)).targets != NO_TARGET
+    chosen = [number * rows.num_rows // num_rows for number in range(num_rows)]  # spread over the split
+    assert sorted(found[found != NO_ROW].tolist()) == chosen
+    expected = rows.read_many(np.array(chosen)).targets != NO_TARGET
     assert sum(batch.num_valid for batches in by_rank for batch in batches) == expected.sum()
     for batch in (batch for batches in by_rank for batch in batches):
         assert batch.tokens_BS.shape == (micro, 16)
@@ -201,7 +202,9 @@ def test_held_out_rows_come_once_over_ranks_with_equal_numbers_of_batches(
 
 def test_held_out_of_batches_uses_its_own_layout(rows: Rows) -> None:
     batches = batches_of(rows, dp_rank=1, dp_size=2, micro=3)
-    assert [batch.rows.tolist() for batch in batches.held_out(rows, max_rows=8)] == [[3, 4, 5], [NO_ROW] * 3]
+    spread = [number * rows.num_rows // 8 for number in range(8)]
+    found = [batch.rows.tolist() for batch in batches.held_out(rows, max_rows=8)]
+    assert found == [spread[3:6], [NO_ROW] * 3]
     assert batches.num_micro_steps == 2
 
 
