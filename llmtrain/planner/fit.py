@@ -16,7 +16,7 @@ import numpy as np
 HUBER_DELTA = 1e-3
 """Hoffmann et al. 2022, section 3.3."""
 START = (np.log(482.0), np.log(2085.0), np.log(1.82), 0.348, 0.366)
-"""log A, log B, log E, alpha, beta near which the search begins: Besiroglu et al. 2024, table 1."""
+"""log A, log B, log E, alpha, beta near which the search begins: Besiroglu et al. 2024, arXiv:2404.10102."""
 MAX_STEPS = 300
 INITIAL_DAMPING = 1e-3
 

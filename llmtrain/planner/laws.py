@@ -20,7 +20,9 @@ from llmtrain.errors import ConfigError, unknown_name
 from llmtrain.planner.fit import ParametricFit
 
 FLOPS_PER_PARAM_TOKEN = 6.0
-"""C = 6ND, which every law below was fitted with (Kaplan et al. 2020, arXiv:2001.08361, section 2.1)."""
+"""C = 6ND (Kaplan et al. 2020, arXiv:2001.08361, section 2.1). Hoffmann et al. count every matrix product,
+within 10% of it (arXiv:2203.15556, table A4). DeepSeek counts attention and leaves the vocabulary out: 6N is
+0.81 to 1.32 of its count (arXiv:2401.02954, table 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,11 @@ class Law:
 _CHINCHILLA_RUNS = FittedRange(num_params=(5.7e7, 1.62e10), num_tokens=(8.2e8, 3.2e11))
 """The 240 runs of tables/chinchilla_runs.csv that the refit keeps."""
 _LLAMA3_RUNS = FittedRange(num_params=(4e7, 1.6e10), num_tokens=(4e9, 1.6e11))
-"""Models as printed; tokens are the optima at the ends of the printed budgets, 6e18 and 1e22 FLOPs."""
+"""Models as printed (section 3.2.1); tokens: llama3_2024_refit at the printed budgets' ends, 6e18 and 1e22
+FLOPs."""
+_HOFFMANN_TOKENS = (5e9, 5e11)
+"""Of all its runs (abstract): the paper gives no range for one approach. Some runs of approach 2 lie lower
+(tables/chinchilla_runs.csv)."""
 
 LAWS = {
     law.name: law
@@ -89,14 +95,14 @@ LAWS = {
         Law(
             name="hoffmann2022_approach1",
             form=PowerLaw(coefficient=1.69608, exponent=0.501854),
-            fitted=FittedRange(num_params=(7e7, 1e10), num_tokens=(5e9, 5e11)),
+            fitted=FittedRange(num_params=(7e7, 1e10), num_tokens=_HOFFMANN_TOKENS),
             text="MassiveText",
             source="Hoffmann et al. 2022, arXiv:2203.15556, least squares in logs through table 3's 9 rows",
         ),
         Law(
             name="hoffmann2022_approach2",
             form=PowerLaw(coefficient=1.15276, exponent=0.510020),
-            fitted=FittedRange(num_params=(7e7, 1.6e10), num_tokens=(5e9, 5e11)),
+            fitted=FittedRange(num_params=(7e7, 1.6e10), num_tokens=_HOFFMANN_TOKENS),
             text="MassiveText",
             source="Hoffmann et al. 2022, arXiv:2203.15556, least squares in logs through table A3's 9 rows",
         ),
@@ -119,14 +125,16 @@ LAWS = {
             form=PowerLaw(coefficient=0.29, exponent=0.53),
             fitted=_LLAMA3_RUNS,
             text="Llama 3's web mix",
-            source="Grattafiori et al. 2024, arXiv:2407.21783, section 3.2.1, constants as printed",
+            source="Grattafiori et al. 2024, arXiv:2407.21783, section 3.2.1, constants as printed in the "
+            "text; figure 3 prints 0.537 and 0.299, which give the paper's 16T tokens at 3.8e25",
         ),
         Law(
             name="llama3_2024_refit",
             form=PowerLaw(coefficient=1.378, exponent=0.503),
-            fitted=_LLAMA3_RUNS,
+            fitted=FittedRange(num_params=(5.9e7, 9.9e9), num_tokens=(3.8e9, 5e10)),
             text="Llama 3's web mix",
-            source="minima of the IsoFLOP parabolas of arXiv:2407.21783, figure 2, read off by Open-Athena",
+            source="minima of the IsoFLOP parabolas of arXiv:2407.21783, figure 2, read off by Open-Athena, "
+            "at the 8 budgets up to 1e21; range: the models read off, and this law's tokens at 6e18 and 1e21",
         ),
         Law(
             name="deepseek2024",
@@ -142,7 +150,7 @@ DEFAULT_LAW = "besiroglu2024"
 
 KAPLAN = "kaplan2020"
 KAPLAN_RANGE = FittedRange(num_params=(768, 1.5e9), num_tokens=(2.2e7, 2.3e10))
-"""Kaplan et al. 2020, arXiv:2001.08361, section 2: non-embedding parameters, and WebText2 data-set sizes."""
+"""Kaplan et al. 2020, arXiv:2001.08361, section 3: non-embedding parameters, and WebText2 data-set sizes."""
 
 TEXT_FACTOR = 1.3
 """How far loss per token may lie from a law's on other text with another tokenizer. Upwards: 1.19 to 1.30
@@ -232,7 +240,8 @@ def parametric_loss(form: Parametric, num_params: float, num_tokens: float) -> f
 
 
 def kaplan_loss(num_non_embedding_params: float, num_tokens: float) -> float:
-    """L(N, D) of Kaplan et al. 2020, equation 1.5: WebText2, trained until it no longer improves."""
+    """L(N, D) of Kaplan et al. 2020, equation 1.5 with the constants of 1.1 and 1.2: WebText2, trained until
+    it no longer improves."""
     params_exponent, tokens_exponent = 0.076, 0.095
     params_term = (8.8e13 / num_non_embedding_params) ** (params_exponent / tokens_exponent)
     return float((params_term + 5.4e13 / num_tokens) ** tokens_exponent)

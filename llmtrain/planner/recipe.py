@@ -10,13 +10,15 @@ from llmtrain.planner.laws import FittedRange
 
 STEP_LAW = "Step Law, Li et al. 2025, arXiv:2503.04715"
 STEP_LAW_RANGE = FittedRange(num_params=(6e7, 1e9), num_tokens=(2e9, 1e11))
-"""Non-embedding parameters and tokens of the dense runs behind the Step Law (section 3)."""
+"""Non-embedding parameters and tokens of the dense runs (section 3.4.1 of version 7, as quoted by others).
+The upper ends, 1e9 and 1e11, were kept out of the fit to test it."""
 DEEPSEEK = "DeepSeek LLM, DeepSeek-AI 2024, arXiv:2401.02954"
 DEEPSEEK_FLOPS = (1e17, 2e19)
 """Budgets of the runs behind DeepSeek's fit (section 3.1)."""
 
 LARGEST_SWEPT_LR = 2.0**-7
-"""Upper end of the Step Law's sweep; nothing is claimed above it, so nothing above it is proposed."""
+"""Upper end of the Step Law's sweep; nothing is claimed above it, so nothing above it is proposed. The number
+is recalled, not re-checked."""
 WARMUP_SHARE_LIMIT = 0.1
 """Assumed, not measured: at most a tenth of the run warms up."""
 MICRO_BATCH_TOKENS = 16_384
@@ -77,8 +79,9 @@ def choose_recipe(
     """Return the recipe for about `num_tokens` tokens in rows of `seq_len` on `num_ranks` ranks.
 
     The Step Law decides. Outside the runs it was fitted to, the lower of both learning rates is taken, never
-    one above the sweep. Warm-up is as many tokens as the model has parameters (Porian et al. 2024,
-    arXiv:2406.19146, section 3.2), at most a tenth of the run.
+    one above the sweep. Warm-up is as many tokens as the model has parameters, as in the run configurations
+    behind Porian et al. 2024 (arXiv:2406.19146): 5,173,248 tokens for 5,175,744 parameters. It is at most a
+    tenth of the run (theirs: a sixth).
     """
     ours = step_law(num_non_embedding_params=num_non_embedding_params, num_tokens=num_tokens)
     theirs = deepseek(flops=flops)

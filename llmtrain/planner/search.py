@@ -18,8 +18,8 @@ ASPECT_AT_512, ASPECT_SLOPE = 64.0, 0.23
 table A9."""
 ASPECT_WEIGHT = 0.15
 """Assumed, not measured: how many natural logs of missed size one natural log of aspect is worth. Loss is
-flat in shape (Kaplan et al. 2020, arXiv:2001.08361, figure 5: a few percent over a 40-fold change), so size
-goes first."""
+flat in shape (Kaplan et al. 2020, arXiv:2001.08361, figure 5: a few percent; aspect may vary 40-fold), so
+size goes first."""
 LEAST_LAYERS = 2
 WIDTHS = (*range(64, 512, 64), *range(512, 2048, 128), *range(2048, 4096, 256), *range(4096, 32769, 1024))
 GQA_FROM_WIDTH, GQA_KV_HEADS = 4096, 8
@@ -28,7 +28,7 @@ TIE_ABOVE_SHARE = 0.2
 """Assumed, not measured: share the embedding with the head when a second copy would be over a fifth of all
 weights."""
 FFN_RATIO = 8 / 3
-"""SwiGLU of the cost of a 4 d_model two-matrix MLP (Shazeer 2020, arXiv:2002.05202, section 3)."""
+"""SwiGLU of the cost of a 4 d_model two-matrix MLP (Shazeer 2020, arXiv:2002.05202, section 2)."""
 FFN_MULTIPLE = 64
 HEAD_WIDTH_SMALL, HEAD_WIDTH, HEAD_WIDTH_LARGE = 32, 64, 128
 """64 up to d_model 1024 and 128 above, as in table A9. Below d_model 256, 32: assumed, so that there are two

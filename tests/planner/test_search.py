@@ -51,7 +51,8 @@ def test_embeddings_are_shared_only_while_they_weigh_much():
 
 
 def test_the_7b_shape_is_llamas_but_for_rounding():
-    # LLaMA 7B: 32 layers x 4096, ffn 11008 (arXiv:2302.13971, table 2), one head group per head
+    # LLaMA 7B: 32 layers x 4096, 32 heads (arXiv:2302.13971, table 2); ffn 2/3 of 4 x 4096 (section 2.2),
+    # which the released weights round up to 11008
     model = shape_of(d_model=4096, num_layers=32, vocab_size=32_000)
     assert (model.num_heads, model.width_per_head) == (32, 128)
     assert abs(math.log(model.ffn_width / 11_008)) < 0.01
