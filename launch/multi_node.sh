@@ -6,6 +6,7 @@
 # NODE_RANK    this one's number, from 0
 # MASTER_ADDR  name or address of machine 0, as the others reach it
 # MASTER_PORT  a free port on machine 0
+# SHUTDOWN_TIMEOUT  seconds that ranks have to save after a SIGTERM before torchrun kills them; default: 120
 # NPROC        processes on this machine; default: the GPUs that nvidia-smi lists
 # The run folder and the data folder must be on a file system that all machines share.
 set -euo pipefail
@@ -63,6 +64,7 @@ fi
 cores=$(OMP_NUM_THREADS='' nproc) # the command, which would answer with OMP_NUM_THREADS if that were set
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}
 
-exec "$torchrun" --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC" \
+trap '' USR1 # ranks save and leave on it; torchrun, which inherits this, does not die of it first
+exec "$torchrun" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC" \
     --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \
     -m llmtrain.cli.main train "$@"

@@ -3,6 +3,7 @@
 #   launch/single_node.sh +experiment=demo
 #   NPROC=4 launch/single_node.sh +experiment=demo run.name=second
 # NPROC        processes; default: the GPUs that nvidia-smi lists, else 2
+# SHUTDOWN_TIMEOUT  seconds that ranks have to save after a SIGTERM before torchrun kills them; default: 120
 # MASTER_PORT  a fixed port for the processes to meet; default: torchrun picks a free one
 set -euo pipefail
 
@@ -39,4 +40,12 @@ if [[ -n ${MASTER_PORT:-} ]]; then
 else
     meet=(--standalone)
 fi
-exec "$torchrun" "${meet[@]}" --nproc-per-node "$nproc" -m llmtrain.cli.main train "$@"
+
+# Mistakes that need no ranks are found by one process and said once; torchrun would say them once a rank.
+case " $* " in
+    *" -m "* | *" --multirun "* | *" --help "* | *" --cfg "*) ;;
+    *) WORLD_SIZE=$nproc "$(dirname "$torchrun")/python" -m llmtrain.cli.main train "$@" check_only=true >/dev/null ;;
+esac
+
+trap '' USR1 # ranks save and leave on it; torchrun, which inherits this, does not die of it first
+exec "$torchrun" "${meet[@]}" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-120}" --nproc-per-node "$nproc" -m llmtrain.cli.main train "$@"

@@ -8,6 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+EXIT_FAILED = 2
+"""Exit status for everything a user can mend. 1 is left to bugs, 130 to Ctrl-C."""
+
 
 class LLMTrainError(Exception):
     """Base of every error that is not a bug in llmtrain. The command line prints its message, and exits

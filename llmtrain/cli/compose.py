@@ -23,13 +23,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llmtrain.errors import ConfigError, LLMTrainError, unknown_name
+from llmtrain.errors import EXIT_FAILED, ConfigError, LLMTrainError, unknown_name
 from llmtrain.log import setup_logging
 
 Root = TypeVar("Root")
-
-EXIT_USER_ERROR = 2
-"""Exit status for everything a user can mend. 1 is left to bugs, 130 to Ctrl-C."""
 
 
 def conf_folder() -> Path:
@@ -106,7 +103,7 @@ def task_overrides() -> list[str]:
 def fail(message: str) -> None:
     """Print one line and end the process as a mistake of the user."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    sys.exit(EXIT_FAILED)
 
 
 def _explain_hydra(error: HydraException) -> str:

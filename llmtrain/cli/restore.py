@@ -104,12 +104,7 @@ def _find_data(reader: CheckpointReader, run_folder: Path | None) -> Path:
     candidates = [given]
     facts = None if run_folder is None else run_folder / "run.json"
     if facts is not None and facts.is_file():
-        attempts = read_json(facts)
-        candidates += [
-            Path(attempt["working_folder"]) / given
-            for attempt in (attempts if isinstance(attempts, list) else [attempts])
-            if "working_folder" in attempt
-        ]
+        candidates += [Path(attempt["working_folder"]) / given for attempt in read_json(facts)["attempts"]]
     for candidate in candidates:
         if (candidate / MANIFEST_NAME).is_file():
             return candidate

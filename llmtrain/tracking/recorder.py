@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from llmtrain.errors import DiskError
+from llmtrain.errors import DiskError, LLMTrainError
 from llmtrain.tracking.config import TrackingConfig, WandbMode
 from llmtrain.tracking.console import Console
 from llmtrain.tracking.metrics import MetricsFile, read_lines
@@ -18,6 +18,10 @@ from llmtrain.tracking.wandb import WandbSink
 
 class Recorder(Protocol):
     """What the loop tells. Fields are metrics.jsonl's; one that is None is left out."""
+
+    failure: LLMTrainError | None
+    """Why metrics.jsonl could not be written, once it could not. Kept, not raised: a rank that leaves in the
+    middle of a step leaves the others waiting, so the loop asks at the start of each."""
 
     def step(self, step: int, **fields: object) -> None: ...
 
@@ -30,6 +34,8 @@ class Recorder(Protocol):
 
 class SilentRecorder:
     """For ranks whose numbers rank 0 reports."""
+
+    failure: LLMTrainError | None = None
 
     def step(self, step: int, **fields: object) -> None: ...
 
@@ -96,6 +102,7 @@ class RunRecorder:
         self._metrics = MetricsFile(metrics, attempt=attempt)
         self._console = Console(total_steps, start_step=start_step, log_every_steps=cfg.log_every_steps)
         self._step = start_step
+        self.failure: LLMTrainError | None = None
         self._wandb: WandbSink | None = None
         if cfg.wandb is not WandbMode.off:
             self._wandb = WandbSink(
@@ -118,7 +125,6 @@ class RunRecorder:
         self._console.evaluation(self._write("eval", step, fields))
 
     def checkpoint(self, step: int, **fields: object) -> None:
-        self._metrics.sync()
         self._write("checkpoint", step, fields)
         self._console.event(f"step {step}: checkpoint saved in {fields['save_s']:.2f} s")
 
@@ -131,26 +137,34 @@ class RunRecorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            with contextlib.suppress(DiskError):  # the error that is on its way out says more
+        try:
+            if error is not None:
                 self.event("failed", self._step, error=f"{type(error).__name__}: {error}")
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._console.close()
-        self._metrics.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+        finally:
+            self._console.close()
+            self._metrics.close()
 
     def _write(self, kind: str, step: int, fields: Mapping[str, object]) -> dict[str, Any]:
-        try:
-            record = self._metrics.write(kind, step, **fields)
-        except OSError as error:
-            raise DiskError(
-                f"{self._metrics.path} cannot be written at step {step}: {error.strerror}; make room "
-                f"and resume, the checkpoints so far are whole"
-            ) from error
+        """Write one record everywhere and return it. After a first failure metrics.jsonl is left alone."""
+        record: dict[str, Any] = {"kind": kind, "step": step, **fields}
+        if self.failure is None:
+            try:
+                record = self._metrics.write(kind, step, **fields)
+                if kind == "checkpoint":
+                    self._metrics.sync()
+            except OSError as error:
+                self.failure = DiskError(
+                    f"{self._metrics.path} cannot be written at step {step}: {error.strerror}; make room "
+                    f"and resume, the checkpoints so far are whole"
+                )
         if self._wandb is not None:
             self._wandb.log(record)
         return record
 
     def _wandb_says(self, text: str) -> None:
-        self._metrics.write("event", self._step, what="wandb", text=text)
         self._console.event(f"W&B: {text}")
+        if self.failure is None:
+            with contextlib.suppress(OSError):  # the next record of the run itself will say it
+                self._metrics.write("event", self._step, what="wandb", text=text)

@@ -6,11 +6,11 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from llmtrain import files
 from llmtrain.data.manifest import Manifest, read_manifest, verify
-from llmtrain.errors import LLMTrainError
+from llmtrain.errors import EXIT_FAILED, DiskError, LLMTrainError
 from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.dataset import Rows
@@ -37,6 +37,8 @@ from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,11 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
     folder = RunFolder(Path(cfg.run.folder))
     with ExitStack() as stack:
         stack.callback(_leave_ranks)
-        start = _agree(lambda: _decide(cfg, folder, stack, world_size=world_size), rank)
+        start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size))
+        if start is None:
+            return
         manifest = read_manifest(Path(cfg.data.folder))
+        _together(lambda: _verify_share(cfg, manifest, rank=rank, world_size=world_size))
         rows = Rows(Path(cfg.data.folder), manifest, "train", cfg.data.seq_len)
         held_out = Rows(Path(cfg.data.folder), manifest, "held_out", cfg.data.seq_len)
         start_up.mark("checks")
@@ -83,8 +88,9 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         stack.callback(batches.close)
         start_up.mark("model")
 
-        recorder: Recorder = SilentRecorder()
-        if rank == 0:
+        def open_recorder() -> Recorder:
+            if rank != 0:
+                return SilentRecorder()
             with files.atomic_write(folder.config, "w") as handle:
                 handle.write(config_text)
             record_start(
@@ -93,7 +99,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 command_line=command,
                 extra={"world_size": world_size, "device": _device_name(device), "from": start.checkpoint},
             )
-            recorder = stack.enter_context(
+            return stack.enter_context(
                 RunRecorder(
                     cfg.tracking,
                     metrics=folder.metrics,
@@ -104,6 +110,8 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                     run_config=files.plain(cfg),
                 )
             )
+
+        recorder = _together(open_recorder)
         what = "start" if progress.step == 0 else "resume"
         recorder.event(
             what, progress.step, position=progress.position, source=start.checkpoint, world_size=world_size
@@ -122,25 +130,44 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 keep=cfg.train.keep_checkpoints,
             )
 
-        train(cfg, engine, batches, held_out, progress, recorder, save, stop, start_up)
+        try:
+            train(cfg, engine, batches, held_out, progress, recorder, save, stop, start_up)
+        except LLMTrainError:  # every rank has it
+            if rank != 0:
+                sys.exit(EXIT_FAILED)  # rank 0 says why
+            raise
 
 
-def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int) -> Start:
-    """Rank 0's part: take the folder, check everything, and choose the checkpoint by its hashes."""
+def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int) -> Start | None:
+    """Rank 0's part: check everything, take the folder, and choose the checkpoint by its hashes.
+
+    Returns None when the run is over already; its folder is left as it is.
+    """
+    check_train(cfg, world_size=world_size, verify=False).raise_if_any()  # before the lock creates the folder
     stack.enter_context(FolderLock(folder.path))
-    found = check_train(cfg, world_size=world_size)
+    found = check_train(cfg, world_size=world_size, verify=True)
     found.raise_if_any()
     for fact in found.facts:
         log.info("%s", fact)
     for warning in found.warnings:
         log.warning("%s", warning)
-    manifest = read_manifest(Path(cfg.data.folder))
-    verify(Path(cfg.data.folder), manifest, content=cfg.data.verify_shards)
+    if cfg.run.intent is not Intent.warm_start and found.checkpoint is not None:
+        tokens = CheckpointReader(found.checkpoint).state["tokens"]
+        if tokens >= cfg.train.total_tokens:
+            log.info("nothing to do: the run has consumed %d of %d tokens", tokens, cfg.train.total_tokens)
+            return None
     return Start(
         attempt=next_attempt(folder.metrics),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
-        manifest_hash=manifest.hash(cfg.data.seq_len),
+        manifest_hash=read_manifest(Path(cfg.data.folder)).hash(cfg.data.seq_len),
     )
+
+
+def _verify_share(cfg: TrainRoot, manifest: Manifest, *, rank: int, world_size: int) -> None:
+    """Compare the contents of this rank's share of the shards with their hashes: all ranks read at once."""
+    if cfg.data.verify_shards:
+        share = replace(manifest, shards=manifest.shards[rank::world_size])
+        verify(Path(cfg.data.folder), replace(share, packs=manifest.packs if rank == 0 else []), content=True)
 
 
 def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
@@ -201,21 +228,29 @@ def _steps_left(cfg: TrainRoot, progress: Progress) -> int:
     return max(0, -(-rows_left // cfg.train.global_batch_rows))
 
 
-def _agree(decide: Any, rank: int) -> Start:
-    """Run `decide` on rank 0 and give its result, or its error, to every rank."""
-    outcome: list[Any] = [None]
-    if rank == 0:
-        try:
-            outcome = [decide()]
-        except LLMTrainError as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], LLMTrainError):
-        if rank != 0:
-            sys.exit(2)  # rank 0 says why
-        raise outcome[0]
-    assert isinstance(outcome[0], Start)
-    return outcome[0]
+def _together(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank. If it fails on any, every rank leaves, and rank 0 says why."""
+    result, failure = None, None
+    try:
+        result = work()
+    except LLMTrainError as error:
+        failure = error
+    except OSError as error:
+        failure = DiskError(f"{error.filename}: {error.strerror}")
+    texts = _gather(None if failure is None else str(failure))
+    failures = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None]
+    if failures:
+        if dist.get_rank() != 0:
+            sys.exit(EXIT_FAILED)
+        raise failure if failure is not None and len(failures) == 1 else LLMTrainError("; ".join(failures))
+    return cast(Result, result)
+
+
+def _from_rank_0(work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 alone and give its result to every rank."""
+    told = [_together(lambda: work() if dist.get_rank() == 0 else None)]
+    dist.broadcast_object_list(told, src=0)
+    return cast(Result, told[0])
 
 
 def _gather(value: object) -> list[object]:

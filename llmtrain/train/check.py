@@ -6,18 +6,18 @@ Each check adds a message; none stops the others, so that one look tells all.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmtrain import files
-from llmtrain.data.manifest import Manifest, read_manifest, verify
+from llmtrain.data.manifest import Manifest, read_manifest
+from llmtrain.data.manifest import verify as verify_files
 from llmtrain.errors import ConfigError, LLMTrainError
 from llmtrain.model.size import num_params
-from llmtrain.train.checkpoint import CheckpointReader
+from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
 from llmtrain.train.config import Intent, Precision, TrainRoot
-from llmtrain.train.run_folder import checkpoint_to_start_from
+from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from
 from llmtrain.units import format_bytes, format_count
 
 CHECKPOINT_BYTES_PER_PARAM = 12
@@ -36,7 +36,9 @@ FREE_AT_RESUME = (
     "run.folder",
     "run.name",
     "run.plan",
+    "run.init_from",
     "data.folder",
+    "data.max_epochs",
     "data.verify_shards",
     "tracking",
     "parallel",
@@ -67,17 +69,18 @@ class Findings:
             raise ConfigError("\n       ".join(self.problems))
 
 
-def check_train(cfg: TrainRoot, *, world_size: int | None) -> Findings:
+def check_train(cfg: TrainRoot, *, world_size: int | None, verify: bool = False) -> Findings:
     """Check `cfg` against itself, the data folder, the run folder and the disk.
 
     Args:
         world_size: ranks that are there; None on a login node, where parallel.world_size speaks for them.
+        verify: whether to compare the hashes of the checkpoint's tensors, which takes as long as reading it.
     """
     found = Findings()
     _check_ranks(cfg, world_size, found)
     _check_schedule(cfg, found)
     manifest = _check_data(cfg, found)
-    _check_start(cfg, manifest, found)
+    _check_start(cfg, manifest, found, verify=verify)
     _check_disk(cfg, found)
     return found
 
@@ -96,8 +99,7 @@ def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> Non
     elif rows % (micro * ranks):
         found.problems.append(
             f"train.global_batch_rows={rows} is not a multiple of train.micro_batch_rows * ranks = "
-            f"{micro} * {ranks} "
-            f"= {micro * ranks}; change one of them"
+            f"{micro} * {ranks} = {micro * ranks}; change one of them"
         )
     else:
         accumulation = rows // (micro * ranks)
@@ -108,9 +110,8 @@ def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> Non
         )
     if cfg.train.precision is Precision.bf16 and cfg.parallel.zero_stage == 0:
         found.problems.append(
-            "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 "
-            "gives wrong "
-            "gradient norms; set parallel.zero_stage=1"
+            "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 gives "
+            "wrong gradient norms; set parallel.zero_stage=1"
         )
 
 
@@ -124,8 +125,12 @@ def _check_schedule(cfg: TrainRoot, found: Findings) -> None:
     if cfg.train.save_every_steps > cfg.total_steps:
         found.warnings.append(
             f"train.save_every_steps={cfg.train.save_every_steps} is more than the run's "
-            f"{cfg.total_steps} steps: "
-            f"the only checkpoint is the last one"
+            f"{cfg.total_steps} steps: the only checkpoint is the last one"
+        )
+    if cfg.train.eval_every_steps > cfg.total_steps:
+        found.warnings.append(
+            f"train.eval_every_steps={cfg.train.eval_every_steps} is more than the run's "
+            f"{cfg.total_steps} steps: the only evaluation is after the last one"
         )
 
 
@@ -134,7 +139,7 @@ def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
     try:
         manifest = read_manifest(folder)
         shard_bytes = sum(shard.num_bytes for shard in manifest.shards)
-        verify(folder, manifest, content=cfg.check_only and shard_bytes <= VERIFY_CONTENT_BELOW_BYTES)
+        verify_files(folder, manifest, content=cfg.check_only and shard_bytes <= VERIFY_CONTENT_BELOW_BYTES)
         pack = manifest.pack("train", cfg.data.seq_len)
         held_out = manifest.pack("held_out", cfg.data.seq_len)
     except LLMTrainError as error:
@@ -146,28 +151,29 @@ def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
         )
     if cfg.model.vocab_size < manifest.tokenizer.vocab_size:
         found.problems.append(
-            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer "
-            f"in {folder}, "
-            f"{manifest.tokenizer.vocab_size}; set model.vocab_size={manifest.tokenizer.vocab_size} or more"
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer in "
+            f"{folder}, {manifest.tokenizer.vocab_size}; set model.vocab_size to that or more"
         )
     elif cfg.model.vocab_size > manifest.tokenizer.vocab_size:
         found.warnings.append(
             f"model.vocab_size={cfg.model.vocab_size} is more than the tokenizer's "
-            f"{manifest.tokenizer.vocab_size}: "
-            f"{cfg.model.vocab_size - manifest.tokenizer.vocab_size} rows of the embedding are padding"
+            f"{manifest.tokenizer.vocab_size}: the rows of the embedding above it are padding"
         )
     needed = cfg.total_steps * cfg.train.global_batch_rows
     epochs = needed / max(1, pack.num_rows)
     if epochs > cfg.data.max_epochs:
         found.problems.append(
             f"too little data: {cfg.total_steps:,} steps x {cfg.train.global_batch_rows} rows need "
-            f"{needed:,} rows, "
-            f"{epochs:.1f} epochs of the {pack.num_rows:,} in {folder}, and "
-            f"data.max_epochs={cfg.data.max_epochs:g}; "
-            f"add text, lower train.total_tokens, or raise data.max_epochs"
+            f"{needed:,} rows, {epochs:.1f} epochs of the {pack.num_rows:,} in {folder}, and data.max_epochs="
+            f"{cfg.data.max_epochs:g}; add text, lower train.total_tokens, or raise data.max_epochs"
         )
     else:
         found.facts.append(f"data: {pack.num_rows:,} rows of {cfg.data.seq_len} tokens, {epochs:.2f} epochs")
+    if (cfg.train.eval_rows or 0) > held_out.num_rows:
+        found.warnings.append(
+            f"train.eval_rows={cfg.train.eval_rows} is more than the held-out split's {held_out.num_rows}: "
+            f"an evaluation reads all of them"
+        )
     if held_out.num_rows == 0:
         found.problems.append(
             f"the held-out split in {folder} has no rows; raise its share in `llmtrain data`"
@@ -175,13 +181,13 @@ def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
     return manifest
 
 
-def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> None:
+def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings, *, verify: bool) -> None:
     if cfg.run.plan is not None and not Path(cfg.run.plan).is_file():
         found.problems.append(
             f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
         )
     try:
-        path = found.checkpoint = checkpoint_to_start_from(cfg.run, verify=not cfg.check_only)
+        path = found.checkpoint = checkpoint_to_start_from(cfg.run, verify=verify)
         if path is None:
             found.facts.append("start: fresh weights, step 0")
             return
@@ -191,7 +197,7 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> 
         return
     if cfg.run.intent is Intent.warm_start:
         found.facts.append(f"start: step 0 with the weights of {path}")
-        found.problems.extend(_shape_problems(cfg, reader))
+        _check_warm_start(cfg, manifest, reader, found)
         return
     found.facts.append(f"start: step {reader.step} from {path}")
     fixed, changed = compare_to_checkpoint(cfg, reader)
@@ -203,20 +209,33 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings) -> 
     if now != then:
         found.problems.append(
             f"the data in {cfg.data.folder} is not what step {reader.step} was trained on (manifest "
-            f"{now[:12]}, checkpoint {then[:12]}); point "
-            "data.folder at the old "
-            f"data, or use run.intent=warm_start to go on with other data"
+            f"{now[:12]}, checkpoint {then[:12]}); point data.folder at the old data, or use "
+            f"run.intent=warm_start to go on with other data"
         )
 
 
-def _shape_problems(cfg: TrainRoot, reader: CheckpointReader) -> Iterator[str]:
+def _check_warm_start(
+    cfg: TrainRoot, manifest: Manifest | None, reader: CheckpointReader, found: Findings
+) -> None:
     old, new = _flatten(reader.state["config"]["model"]), _flatten(files.plain(cfg.model))
     for name in sorted(old.keys() | new.keys()):
-        if name != "init_std" and old.get(name) != new.get(name):
-            yield (
-                f"model.{name}={new.get(name)}, but the checkpoint of run.init_from has {old.get(name)}; "
-                f"a warm start keeps the model's shape"
+        before, after = old.get(name), new.get(name)
+        if before == after or name == "init_std":
+            continue
+        if name in ("rope_theta", "norm_eps"):
+            found.warnings.append(f"warm start with model.{name}={after}, trained with {before}")
+        else:
+            found.problems.append(
+                f"model.{name}={after}, but the checkpoint of run.init_from has {before}; a warm start keeps "
+                f"the model's shape"
             )
+    then = reader.state["tokenizer_fingerprint"]
+    if manifest is not None and manifest.tokenizer.fingerprint != then:
+        found.problems.append(
+            f"the tokenizer of {cfg.data.folder} ({manifest.tokenizer.fingerprint[:12]}) is not the one that "
+            f"run.init_from was trained with ({then[:12]}): its weights would read other words; make the "
+            f"data with tokenizer.path set to the old one"
+        )
 
 
 def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[list[str], list[str]]:
@@ -249,14 +268,14 @@ def _check_disk(cfg: TrainRoot, found: Findings) -> None:
         )
         return
     one = num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM
-    needed = one * (cfg.train.keep_checkpoints + 1)  # the new one is whole before the oldest goes
+    there = list_checkpoints(RunFolder(folder).checkpoints)
+    more = max(1, cfg.train.keep_checkpoints + 1 - len(there))  # a new one is whole before the oldest goes
     free = files.free_bytes(folder)
-    if free < needed:
+    if free < one * more:
         found.problems.append(
-            f"not enough disk space in {existing}: {cfg.train.keep_checkpoints} + 1 checkpoints of "
-            f"{format_bytes(one)} "
-            f"need {format_bytes(needed)}, {format_bytes(free)} are free; lower "
-            "train.keep_checkpoints or make room"
+            f"not enough disk space in {existing}: {more} more checkpoints of {format_bytes(one)} need "
+            f"{format_bytes(one * more)}, {format_bytes(free)} are free; make room, or lower "
+            f"train.keep_checkpoints"
         )
     else:
         found.facts.append(

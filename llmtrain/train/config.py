@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -54,6 +55,8 @@ class RunConfig:
     made."""
 
     def __post_init__(self) -> None:
+        if not self.name or not self.folder:
+            raise ConfigError(f"run.name={self.name!r} and run.folder={self.folder!r} must not be empty")
         if (self.intent is Intent.warm_start) != (self.init_from is not None):
             raise ConfigError(
                 f"run.intent={self.intent.name} with run.init_from={self.init_from}: "
@@ -98,11 +101,10 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
-        if self.eval_every_steps < 0 or self.grad_clip < 0:
+        if not (self.eval_every_steps >= 0 and 0 <= self.grad_clip < math.inf):
             raise ConfigError(
                 f"train.eval_every_steps={self.eval_every_steps} and train.grad_clip={self.grad_clip} "
-                "must not be "
-                f"negative; 0 switches them off"
+                f"must be finite and not negative; 0 switches them off"
             )
         if self.eval_rows is not None and self.eval_rows < 1:
             raise ConfigError(f"train.eval_rows={self.eval_rows} must be at least 1, or null for all")
@@ -132,9 +134,11 @@ class OptimizerConfig:
     """Applied to matrices only, never to norms."""
 
     def __post_init__(self) -> None:
-        if self.peak_lr <= 0 or self.eps <= 0 or self.weight_decay < 0:
+        if not (
+            0 < self.peak_lr < math.inf and 0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf
+        ):
             raise ConfigError(
-                f"need optimizer.peak_lr > 0, optimizer.eps > 0 and optimizer.weight_decay >= 0, got "
+                f"need finite optimizer.peak_lr > 0, optimizer.eps > 0 and optimizer.weight_decay >= 0, got "
                 f"{self.peak_lr}, {self.eps} and {self.weight_decay}"
             )
         for name in ("beta1", "beta2"):

@@ -1,5 +1,8 @@
-"""DeepSpeed's configuration, written out in full: no default of its own decides anything that changes
-numbers."""
+"""DeepSpeed's configuration.
+
+What changes numbers is written out, but for one default: in bf16, gradients of micro batches are added up in
+bf16 (data_types.grad_accum_dtype), which moved a gradient norm by 0.2% over 128 of them.
+"""
 
 from __future__ import annotations
 

@@ -46,6 +46,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer  # `initialize` would import it, and torch._dynamo with it
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
 FlatSource = Callable[[str, str, int, int], NDArray[np.float32]]
@@ -65,7 +66,13 @@ def init_ranks(*, timeout_s: float) -> torch.device:
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", module="torch.distributed")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise LaunchError(
+                f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                f"start no more processes than GPUs (NPROC)"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
@@ -160,9 +167,8 @@ class Engine:
         gas = self._engine.gradient_accumulation_steps()
         assert len(micro_batches) == gas, f"{len(micro_batches)} micro batches, DeepSpeed was told {gas}"
         num_valid = self._sum_over_ranks(float(sum(batch.num_valid for batch in micro_batches)))
-        if num_valid == 0:  # padding only: no gradient, and no division by zero
-            num_valid = 1.0
-        scale = gas * self.dp_size / num_valid
+        divisor = max(1.0, num_valid)  # a step of padding only has no gradient, and is no division by zero
+        scale = gas * self.dp_size / divisor
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train()
@@ -184,7 +190,7 @@ class Engine:
             norm = float(self._engine.get_global_grad_norm())
         self.num_optimizer_steps += 1
         return StepResult(
-            loss=self._sum_over_ranks(float(loss_sum)) / num_valid, grad_norm=norm, num_valid=int(num_valid)
+            loss=self._sum_over_ranks(float(loss_sum)) / divisor, grad_norm=norm, num_valid=int(num_valid)
         )
 
     @torch.no_grad()
@@ -197,9 +203,13 @@ class Engine:
             num_valid += batch.num_valid
         return self._sum_over_ranks(loss_sum), int(self._sum_over_ranks(float(num_valid)))
 
-    def any_rank(self, claim: bool) -> bool:
-        """Whether the claim holds on at least one rank."""
-        return self._sum_over_ranks(float(claim)) > 0
+    def worst_of_ranks(self, level: int) -> int:
+        """The highest level that any rank brings."""
+        if self.dp_size == 1:
+            return level
+        worst = torch.tensor(level, device=self.device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        return int(worst)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         on_device = batch.to(self.device)

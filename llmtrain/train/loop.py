@@ -8,12 +8,14 @@ import resource
 import signal
 import time
 from dataclasses import dataclass
+from enum import IntEnum
 from types import FrameType
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
-from llmtrain.errors import DivergedError
+from llmtrain.errors import DivergedError, LLMTrainError
 from llmtrain.loader.batches import Batches, held_out_batches
 from llmtrain.loader.dataset import Rows
 from llmtrain.model.size import flops_per_token
@@ -44,16 +46,30 @@ class Progress:
 
 
 class StopSignal:
-    """Set by SIGTERM, SIGINT or SIGUSR1 on any rank; polled once a step, so that every rank leaves after
-    the same one."""
+    """Set by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGQUIT on any rank. Ranks agree on it once a step, so that
+    all leave after the same one. The same signal a second time does what it does to any process.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Agreement(IntEnum):
+    """What a rank brings to the start of a step; the highest of all ranks decides for all."""
+
+    go_on = 0
+    stop = 1
+    failed = 2
+
+
+class RankFailedError(LLMTrainError):
+    """A rank could not go on; the message is its own, with its number, on every rank."""
 
 
 def train(
@@ -67,23 +83,35 @@ def train(
     stop: StopSignal,
     start_up: StartUp,
 ) -> None:
-    """Run from `progress` until train.total_tokens are consumed, or to the end of the step after a stop
-    signal.
+    """Run from `progress` until train.total_tokens are consumed, or a rank has a stop signal or an error.
 
     Args:
-        recorder: Where metrics go; on ranks other than 0 it writes nothing.
+        recorder: Where metrics go; on ranks other than 0 it writes nothing. It keeps its errors for us.
 
     Raises:
         DivergedError: a loss or gradient norm that is not finite.
         CheckpointError: a save that failed; earlier checkpoints are untouched.
+        RankFailedError: a row that could not be read, or a metric that could not be written, on any rank.
     """
     seq_len, rows_per_step = cfg.data.seq_len, cfg.train.global_batch_rows
     device_flops = (cfg.train.device_peak_tflops or math.nan) * 1e12 * engine.dp_size
     token_flops = flops_per_token(cfg.model, seq_len, convention=MFU_CONVENTION)
     first_step = progress.step + 1
-    stopping = False
-    while progress.position * seq_len < cfg.train.total_tokens and not stopping:
+    last_saved = progress.step
+    while progress.position * seq_len < cfg.train.total_tokens:
         step_start = time.perf_counter()
+        failure = recorder.failure
+        try:
+            micro_batches = batches.micro_batches(progress.position)
+        except LLMTrainError as error:
+            failure = error
+        data_wait_s = time.perf_counter() - step_start
+        wish = Agreement.failed if failure else Agreement.stop if stop.name else Agreement.go_on
+        agreed = engine.worst_of_ranks(wish)
+        if agreed == Agreement.failed:
+            raise RankFailedError(_whose_failure(failure))
+        if agreed == Agreement.stop:
+            break
         lr = learning_rate(
             progress.position * seq_len,
             step_tokens=cfg.step_tokens,
@@ -91,17 +119,13 @@ def train(
             peak=cfg.optimizer.peak_lr,
             cfg=cfg.schedule,
         )
-        micro_batches = batches.micro_batches(progress.position)
-        data_wait_s = time.perf_counter() - step_start
         result = engine.train_step(micro_batches, lr=lr)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             recorder.event("diverged", progress.step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
             raise DivergedError(
-                f"loss={result.loss} and gradient norm={result.grad_norm} at step "
-                f"{progress.step + 1}, lr={lr:.3g}, "
-                f"rows {progress.position} to {progress.position + rows_per_step - 1}; the newest "
-                "checkpoint is "
-                f"older: resume with a lower optimizer.peak_lr"
+                f"loss={result.loss} and gradient norm={result.grad_norm} at step {progress.step + 1}, "
+                f"lr={lr:.3g}, row positions {progress.position} to {progress.position + rows_per_step - 1}; "
+                f"start again with a lower optimizer.peak_lr, or resume with one from the newest checkpoint"
             )
         progress.step += 1
         progress.position += rows_per_step
@@ -125,22 +149,34 @@ def train(
             start_up.mark("first step")
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
-        stopping = engine.any_rank(stop.name is not None)
         done = progress.position * seq_len >= cfg.train.total_tokens
         if done or _due(progress.step, cfg.train.eval_every_steps):
             evaluate(cfg, engine, held_out, progress, recorder)
-        if done or stopping or _due(progress.step, cfg.train.save_every_steps):
-            save_start = time.perf_counter()
-            save(step=progress.step, position=progress.position)
-            recorder.checkpoint(progress.step, save_s=time.perf_counter() - save_start)
-    if stopping:
-        recorder.event("stopped", progress.step, signal=stop.name)
-        log.warning(
-            "stopped by a signal after step %d; the same command with run.intent=resume goes on",
-            progress.step,
-        )
-    else:
+        if done or _due(progress.step, cfg.train.save_every_steps):
+            _save(save, progress, recorder)
+            last_saved = progress.step
+    if progress.position * seq_len >= cfg.train.total_tokens:
         recorder.event("finished", progress.step)
+    else:
+        if last_saved < progress.step:
+            _save(save, progress, recorder)
+        recorder.event("stopped", progress.step, signal=stop.name)
+        log.warning("stopped by a signal after step %d; run.intent=resume goes on from there", progress.step)
+    if recorder.failure is not None:
+        raise recorder.failure
+
+
+def _save(save: SaveFunction, progress: Progress, recorder: Recorder) -> None:
+    start = time.perf_counter()
+    save(step=progress.step, position=progress.position)
+    recorder.checkpoint(progress.step, save_s=time.perf_counter() - start)
+
+
+def _whose_failure(mine: LLMTrainError | None) -> str:
+    """The failures of all ranks, each with its number."""
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if mine is None else str(mine))
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.tracking.metrics import read_lines
 from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
 from llmtrain.train.config import Intent, RunConfig
 
@@ -50,9 +51,10 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
     """
     folder = RunFolder(Path(cfg.folder))
     if cfg.intent in (Intent.fresh, Intent.warm_start) and folder.holds_a_run():
+        how = "resume to continue it" if folder.checkpoints.exists() else "fresh_or_resume to start it anew"
         raise ConfigError(
-            f"run.intent={cfg.intent.name}, but {folder.path} holds a run already; set run.intent=resume to "
-            f"continue it, or choose another run.name"
+            f"run.intent={cfg.intent.name}, but {folder.path} holds a run already; set run.intent={how}, "
+            f"or choose another run.name"
         )
     if cfg.intent is Intent.fresh:
         return None
@@ -68,6 +70,13 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
                 reader.verify()
             return source
     newest = newest_checkpoint(source, verify=verify) if source.is_dir() else None
+    if newest is None and cfg.intent is Intent.fresh_or_resume and folder.metrics.exists():
+        saved = [line["step"] for line in read_lines(folder.metrics) if line["kind"] == "checkpoint"]
+        if saved:
+            raise CheckpointError(
+                f"{folder.metrics} tells of a checkpoint of step {max(saved)}, and {source} holds none: "
+                f"put it back, or move {folder.path} away to start anew"
+            )
     if newest is None and cfg.intent is not Intent.fresh_or_resume:
         where = "run.init_from" if cfg.intent is Intent.warm_start else "run.folder"
         raise CheckpointError(

@@ -38,9 +38,9 @@ from llmtrain.data.manifest import read_manifest
 from llmtrain.data.pipeline import run as run_data
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
-from llmtrain.files import write_json
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer
+from llmtrain.tracking.facts import record_start
 from llmtrain.train.checkpoint import Piece, save_checkpoint
 
 SEQ_LEN = 64
@@ -138,14 +138,16 @@ def test_a_run_folder_gives_its_newest_checkpoint_and_a_step_folder_that_step(ma
 
 
 def test_the_data_folder_is_found_from_where_the_run_was_started(
-    make_run: MakeRun, data_folder: Path
+    make_run: MakeRun, data_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(data_folder=data_folder.name)
     with pytest.raises(
         DataError, match=r"data folder out is not at out; .* give its place as data_folder=FOLDER"
     ):
         load_transformer(run)
-    write_json(run / "run.json", [{"attempt": 1, "working_folder": str(data_folder.parent)}])
+    monkeypatch.chdir(data_folder.parent)
+    record_start(run, attempt=1)
+    monkeypatch.chdir("/")
     assert load_transformer(run).data_folder == data_folder
 
 

@@ -19,6 +19,9 @@ def launch(tmp_path):
     tools = tmp_path / ".venv/bin"
     tools.mkdir(parents=True)
     write_tool(tools / "torchrun", 'echo "threads=$OMP_NUM_THREADS $*"')
+    write_tool(
+        tools / "python", 'echo "error: as told, for $WORLD_SIZE ranks: $*" >&2; exit ${CHECK_STATUS:-0}'
+    )
 
     def run(script, *arguments, num_gpus=0, **environment):
         path = tmp_path / "bin"
@@ -54,7 +57,16 @@ def test_single_node_without_a_gpu_starts_two_processes(launch):
     done = launch("single_node.sh", "+experiment=demo", "run.name=x")
     _, _, arguments = done.stdout.strip().partition(" ")
     assert arguments == (
-        "--standalone --nproc-per-node 2 -m llmtrain.cli.main train +experiment=demo run.name=x"
+        "--standalone --shutdown-timeout 120 --nproc-per-node 2 "
+        "-m llmtrain.cli.main train +experiment=demo run.name=x"
+    )
+
+
+def test_a_mistake_is_told_once_and_starts_no_rank(launch):
+    done = launch("single_node.sh", "+experiment=demo", CHECK_STATUS="2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: as told, for 2 ranks: -m llmtrain.cli.main train +experiment=demo check_only=true\n"
     )
 
 
@@ -106,7 +118,7 @@ def test_multi_node_passes_its_place_on(launch):
     done = launch("multi_node.sh", "+experiment=demo", **MULTI)
     _, _, arguments = done.stdout.strip().partition(" ")
     assert arguments == (
-        "--nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr node0 --master-port 29500 "
+        "--shutdown-timeout 120 --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr node0 --master-port 29500 "
         "-m llmtrain.cli.main train +experiment=demo"
     )
 

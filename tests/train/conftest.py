@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_folder import train_arguments, write_data_folder
+from data_folder import Finished, train_arguments, write_data_folder
 from ranks import free_port
 
 
@@ -119,12 +119,6 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data_folder(tmp_path_factory.mktemp("data"))
-
-
-@dataclass
-class Finished:
-    folder: Path
-    arguments: list[str]
 
 
 @pytest.fixture(scope="session")

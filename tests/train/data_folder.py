@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -129,3 +130,11 @@ def wait_for(claim: Callable[[], bool], timeout_s: float = 60.0) -> None:
     while not claim():
         assert time.monotonic() < limit, "waited in vain"
         time.sleep(0.02)
+
+
+@dataclass
+class Finished:
+    """A run that ended by itself, and the arguments that started it."""
+
+    folder: Path
+    arguments: list[str]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from data_folder import train_arguments, write_data_folder
 
-from llmtrain.cli.compose import EXIT_USER_ERROR
+from llmtrain.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from conftest import Finished
@@ -84,7 +84,7 @@ def test_a_mistake_is_named_and_ends_with_status_2(
     data: Path, tmp_path: Path, override: str, message: str
 ) -> None:
     status, text = check(*train_arguments(data, tmp_path / "run"), override)
-    assert (status, message in text) == (EXIT_USER_ERROR, True), text
+    assert (status, message in text) == (EXIT_FAILED, True), text
     assert "Traceback" not in text
 
 
@@ -92,13 +92,13 @@ def test_bf16_without_zero_is_refused(data: Path, tmp_path: Path) -> None:
     status, text = check(
         *train_arguments(data, tmp_path / "run"), "train.precision=bf16", "parallel.zero_stage=0"
     )
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "train.precision=bf16 with parallel.zero_stage=0" in text
 
 
 def test_a_missing_value_is_named(tmp_path: Path) -> None:
     status, text = check("train", "run.name=test")
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "no value for optimizer.peak_lr" in text
 
 
@@ -109,7 +109,7 @@ def test_all_mistakes_are_told_at_once(data: Path, tmp_path: Path) -> None:
         "run.plan=x.json",
         "parallel.world_size=3",
     )
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert all(part in text for part in ("model.vocab_size=63", "run.plan=x.json", "2 * 3 = 6"))
 
 
@@ -120,7 +120,7 @@ def test_a_flipped_byte_of_a_shard_is_found(tmp_path: Path) -> None:
     content[100] ^= 1
     shard.write_bytes(content)
     status, text = check(*train_arguments(data, tmp_path / "run"))
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert str(shard) in text
 
 
@@ -129,13 +129,13 @@ def test_a_truncated_shard_is_found(tmp_path: Path) -> None:
     shard = data / "shards/test/train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     status, text = check(*train_arguments(data, tmp_path / "run"))
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert str(shard) in text
 
 
 def test_fresh_over_a_run_is_refused(finished: Finished) -> None:
     status, text = check(*finished.arguments)
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert f"run.intent=fresh, but {finished.folder} holds a run already" in text
 
 
@@ -150,7 +150,7 @@ def test_a_resume_cannot_change_what_the_weights_depend_on(
     finished: Finished, override: str, message: str
 ) -> None:
     status, text = check(*finished.arguments, "run.intent=resume", override)
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert message in text
 
 
@@ -163,14 +163,14 @@ def test_a_resume_with_another_rate_is_allowed_and_said(finished: Finished) -> N
 def test_a_resume_on_other_data_is_refused(finished: Finished, tmp_path: Path) -> None:
     other = write_data_folder(tmp_path / "data", seed=1)
     status, text = check(*finished.arguments, "run.intent=resume", f"data.folder={other}")
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "is not what step 12 was trained on" in text
 
 
 def test_a_resume_with_another_row_length_is_refused_once(finished: Finished, tmp_path: Path) -> None:
     other = write_data_folder(tmp_path / "data", seq_len=64)
     status, text = check(*finished.arguments, "run.intent=resume", f"data.folder={other}", "data.seq_len=64")
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "data.seq_len=64, but step 12 was trained with 32; a resume cannot change it" in text
     assert "is not what step 12 was trained on" not in text
 
@@ -183,7 +183,7 @@ def test_a_warm_start_keeps_the_shape(finished: Finished, tmp_path: Path) -> Non
         f"run.init_from={finished.folder}",
         "model.ffn_width=128",
     )
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "model.ffn_width=128, but the checkpoint of run.init_from has 64" in text
 
 
@@ -193,8 +193,8 @@ def test_an_interrupted_run_without_a_checkpoint_starts_anew_only_when_told(
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").touch()
     arguments = train_arguments(data, tmp_path / "run")
-    assert check(*arguments)[0] == EXIT_USER_ERROR
-    assert check(*arguments, "run.intent=resume")[0] == EXIT_USER_ERROR
+    assert check(*arguments)[0] == EXIT_FAILED
+    assert check(*arguments, "run.intent=resume")[0] == EXIT_FAILED
     status, text = check(*arguments, "run.intent=fresh_or_resume")
     assert status == 0
     assert "start: fresh weights, step 0" in text

@@ -18,7 +18,8 @@ TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_bat
         ({"total_tokens": 0}, "train.total_tokens=0 must be at least 1"),
         ({"keep_checkpoints": 0}, "train.keep_checkpoints=0 must be at least 1"),
         ({"micro_batch_rows": 3}, "train.global_batch_rows=4 is not a multiple of train.micro_batch_rows=3"),
-        ({"eval_every_steps": -1}, "train.eval_every_steps=-1 and train.grad_clip=1.0 must not be negative"),
+        ({"eval_every_steps": -1}, "train.eval_every_steps=-1 and train.grad_clip=1.0 must be finite"),
+        ({"grad_clip": float("nan")}, "train.grad_clip=nan must be finite and not negative"),
         ({"eval_rows": 0}, "train.eval_rows=0 must be at least 1, or null for all"),
         ({"process_group_timeout_s": 0.0}, "train.process_group_timeout_s=0.0 must be above 0"),
         ({"device_peak_tflops": 1.0}, "give both, or neither"),
@@ -32,7 +33,8 @@ def test_train_config_says_what_is_wrong(changed: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"peak_lr": 0.0}, "need optimizer.peak_lr > 0"),
+        ({"peak_lr": 0.0}, "need finite optimizer.peak_lr > 0"),
+        ({"peak_lr": float("inf")}, "need finite optimizer.peak_lr > 0"),
         ({"peak_lr": 1.0, "beta2": 1.0}, r"optimizer.beta2=1.0 must be in \[0, 1\)"),
     ],
 )

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from data_folder import train_arguments, wait_for
+from data_folder import Finished, train_arguments, wait_for, write_data_folder
 
+from llmtrain.errors import EXIT_FAILED
+from llmtrain.files import hash_file
 from llmtrain.tracking.metrics import read_lines, read_metrics
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
-    from conftest import Finished, Launcher
+    from conftest import Launcher
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -157,3 +159,58 @@ def test_kill_9_at_20_random_moments_loses_no_committed_step(
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else []
+
+
+def test_bf16_losses_after_a_resume_are_bit_equal(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    settings = ("train.precision=bf16", "train.keep_checkpoints=9")
+    whole = train_arguments(data, tmp_path / "whole", *settings)
+    status, text = launcher.run(whole, num_ranks=2)
+    assert status == 0, text
+    arguments = stopped_after(Finished(tmp_path / "whole", whole), 8, tmp_path / "run")
+    status, text = launcher.run(arguments, num_ranks=2)
+    assert status == 0, text
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(finished: Finished, launcher: Launcher) -> None:
+    before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
+    status, text = launcher.run([*finished.arguments, "run.intent=resume"])
+    assert status == 0, text
+    assert "nothing to do: the run has consumed 3072 of 3072 tokens" in text
+    after = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
+    before.pop(finished.folder / ".lock", None)
+    after.pop(finished.folder / ".lock", None)
+    assert after == before
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(
+    finished: Finished, launcher: Launcher, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    arguments = [*finished.arguments, f"run.folder={tmp_path / 'run'}", "run.intent=fresh_or_resume"]
+    status, text = launcher.run(arguments)
+    assert status == EXIT_FAILED
+    assert "tells of a checkpoint of step 12, and" in text
+
+
+def test_a_warm_start_with_another_tokenizer_is_refused(
+    finished: Finished, launcher: Launcher, tmp_path: Path
+) -> None:
+    other = write_data_folder(tmp_path / "data")
+    path = other / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (other / "tokenizer/test/tokenizer.model").write_bytes(b"another")
+    manifest["tokenizer"]["fingerprint"] = hash_file(other / "tokenizer/test/tokenizer.model")
+    path.write_text(json.dumps(manifest))
+    status, text = launcher.run(
+        [
+            *finished.arguments,
+            f"run.folder={tmp_path / 'run'}",
+            f"data.folder={other}",
+            "run.intent=warm_start",
+            f"run.init_from={finished.folder}",
+        ]
+    )
+    assert status == EXIT_FAILED
+    assert "is not the one that run.init_from was trained with" in text

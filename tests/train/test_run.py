@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from data_folder import train_arguments, wait_for, write_data_folder
 
-from llmtrain.cli.compose import EXIT_USER_ERROR
+from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import FolderLock
 from llmtrain.tracking.metrics import read_metrics
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
@@ -65,7 +65,7 @@ def test_bf16_trains(launcher: Launcher, data: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_world_size_is_refused(launcher: Launcher, data: Path, tmp_path: Path) -> None:
     status, text = launcher.run(train_arguments(data, tmp_path / "run", "parallel.world_size=4"), num_ranks=2)
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert text.count("parallel.world_size=4, but 2 ranks were launched") == 1, "one rank speaks for all"
 
 
@@ -76,7 +76,7 @@ def test_a_taken_port_is_named(launcher: Launcher, data: Path, tmp_path: Path) -
         port = str(taken.getsockname()[1])
         where = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         status, text = launcher.run(train_arguments(data, tmp_path / "run"), **where)
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert f"the rendezvous port is in use: MASTER_ADDR=127.0.0.1 MASTER_PORT={port}" in text
 
 
@@ -84,14 +84,14 @@ def test_ranks_that_never_come_are_named(launcher: Launcher, data: Path, tmp_pat
     where = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     arguments = train_arguments(data, tmp_path / "run", "train.process_group_timeout_s=2")
     status, text = launcher.run(arguments, **where)
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "ranks could not meet at MASTER_ADDR=127.0.0.1" in text
 
 
 def test_a_second_run_in_the_same_folder_is_refused(launcher: Launcher, data: Path, tmp_path: Path) -> None:
     with FolderLock(tmp_path / "run"):
         status, text = launcher.run(train_arguments(data, tmp_path / "run"))
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert "is being written by" in text
 
 
@@ -102,8 +102,8 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(
         data, tmp_path / "run", "optimizer.peak_lr=1e30", "train.grad_clip=0", "train.save_every_steps=1"
     )
     status, text = launcher.run(arguments)
-    assert status == EXIT_USER_ERROR
-    assert "resume with a lower optimizer.peak_lr" in text
+    assert status == EXIT_FAILED
+    assert "start again with a lower optimizer.peak_lr, or resume with one" in text
     events = [line.get("what") for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
     assert "diverged" in events
 
@@ -133,7 +133,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_name_and_loses_nothing(
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as handle:
         while run.processes[0].is_alive():
             handle.write(bytes(4096))
-    assert run.wait() == EXIT_USER_ERROR, run.text()
+    assert run.wait() == EXIT_FAILED, run.text()
     assert "No space left on device" in run.text()
     assert str(folder) in run.text()
     filler.unlink()
@@ -177,7 +177,7 @@ def test_a_shard_that_changed_is_found_at_the_start(launcher: Launcher, tmp_path
     content[10] ^= 1
     shard.write_bytes(content)
     status, text = launcher.run(train_arguments(data, tmp_path / "run"), num_ranks=2)
-    assert status == EXIT_USER_ERROR
+    assert status == EXIT_FAILED
     assert str(shard) in text
 
 
@@ -197,3 +197,36 @@ def test_each_job_of_a_multirun_has_its_own_folder(launcher: Launcher, data: Pat
         for job in ("0", "1")
     ]
     assert rates[0] == pytest.approx(10 * rates[1])
+
+
+def test_a_rank_that_cannot_read_its_rows_ends_the_run_with_one_message(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    data = write_data_folder(tmp_path / "data")
+    arguments = train_arguments(
+        data, tmp_path / "run", "train.total_tokens=500000", "data.max_epochs=999", "train.eval_every_steps=0"
+    )
+    run = launcher.start(arguments, num_ranks=2)
+    wait_for(lambda: len(list_checkpoints(tmp_path / "run" / "checkpoints")) > 0)
+    for shard in (data / "shards/test").glob("train-*.bin"):
+        shard.write_bytes(b"")  # the open file itself becomes too short
+    assert run.wait() == EXIT_FAILED, run.text()
+    assert run.text().count("error: rank ") == 1, run.text()
+    assert "needed for row" in run.text()
+    events = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "event"]
+    assert "needed for row" in events[-1]["error"]
+
+
+def test_a_resume_needs_no_room_for_checkpoints_that_are_there(
+    launcher: Launcher, data: Path, small_disk: Path
+) -> None:
+    folder = small_disk / "run"
+    arguments = train_arguments(data, folder, "train.total_tokens=2048")
+    status, text = launcher.run(arguments)
+    assert status == 0, text
+    with (small_disk / "filler").open("wb") as handle:
+        handle.write(
+            bytes(shutil.disk_usage(small_disk).free - 450_000)
+        )  # one more fits
+    status, text = launcher.run([*arguments, "run.intent=resume", "train.total_tokens=2304"])
+    assert status == 0, text
