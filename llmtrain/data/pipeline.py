@@ -29,6 +29,7 @@ from llmtrain.data import kernels, python_docs
 from llmtrain.data.config import CorpusConfig, DataConfig, TokenizerConfig
 from llmtrain.data.decide import DECIDE_VERSION, split_order
 from llmtrain.data.engine import Engine, make_engine
+from llmtrain.data.folder import read_done, remove_leftovers, write_done
 from llmtrain.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -58,7 +59,7 @@ from llmtrain.data.verdicts import (
     write_verdicts,
 )
 from llmtrain.errors import DataError
-from llmtrain.files import FolderLock, atomic_write, free_bytes, hash_file, hash_json, read_json, write_json
+from llmtrain.files import FolderLock, atomic_write, free_bytes, hash_file, hash_json
 from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         report_times[name] = (time.monotonic() - wall, time.process_time() - cpu)
 
     with _disk_full_explained(out), FolderLock(out):
-        _remove_leftovers(out)
+        remove_leftovers(out)
         engine = make_engine(cfg.engine)
         with timed("compile"):
             _warm_up()
@@ -189,17 +190,17 @@ def _decide(cfg: DataConfig, out: Path, scanned: Scanned) -> tuple[Path, dict[st
     folder = out / "verdicts" / key
     done = folder / "summary.json"
     quarantine = out / "quarantine" / scanned.key
-    if not done.is_file():
+    summary = read_done(done)
+    if summary is None:
         table = load_signals(out, scanned)
         bad = load_bad_records(out, scanned)
         if cfg.corpus.max_text_bytes is not None:
             table, bad = draw(table, bad, cfg.corpus.max_text_bytes)
         funnel = scan_funnel(table, bad)
         check_quarantine(cfg, quarantine, funnel, bad)
-        write_verdicts(cfg, folder, table, funnel)
+        summary = write_verdicts(cfg, folder, table, funnel)
     else:
-        check_quarantine(cfg, quarantine, read_json(done)["funnel"][0], [])
-    summary: dict[str, Any] = read_json(done)
+        check_quarantine(cfg, quarantine, summary["funnel"][0], [])
     return folder, summary
 
 
@@ -214,7 +215,7 @@ def _tokenizer(
         given = Tokenizer.load(Path(cfg.path))
         relative = f"tokenizer/{given.fingerprint[:KEY_LETTERS]}"
         model = Path(cfg.path) / MODEL_NAME if Path(cfg.path).is_dir() else Path(cfg.path)
-        if not (out / relative / FACTS_NAME).is_file():
+        if read_done(out / relative / FACTS_NAME) is None:
             _write_tokenizer(out / relative, model.read_bytes(), {"given": True})
     else:
         key = _key(
@@ -224,7 +225,7 @@ def _tokenizer(
             library=version("sentencepiece"),
         )
         relative = f"tokenizer/{key}"
-        if not (out / relative / FACTS_NAME).is_file():
+        if read_done(out / relative / FACTS_NAME) is None:
             _train_tokenizer(cfg, out, relative, scan_key, verdicts, quiet=quiet)
     tokenizer = Tokenizer.load(out / relative)
     return TokenizerEntry(
@@ -261,9 +262,9 @@ def _texts(sample: pa.Table, out: Path, scan_key: str, advance: Callable[[float]
 
 
 def _write_tokenizer(folder: Path, model: bytes, facts: dict[str, Any]) -> None:
+    (folder / FACTS_NAME).unlink(missing_ok=True)  # of a model that was lost
     with atomic_write(folder / MODEL_NAME) as handle:
         handle.write(model)
-    (folder / FACTS_NAME).unlink(missing_ok=True)
     tokenizer = Tokenizer.load(folder)
     facts |= {
         "kind": KIND,
@@ -272,7 +273,7 @@ def _write_tokenizer(folder: Path, model: bytes, facts: dict[str, Any]) -> None:
         "eos_id": tokenizer.eos_id,
         "bos_id": tokenizer.bos_id,
     }
-    write_json(folder / FACTS_NAME, facts)
+    write_done(folder / FACTS_NAME, facts, [folder / MODEL_NAME])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,8 +376,9 @@ def _pack(cfg: DataConfig, out: Path, tokenized: Tokenized) -> list[PackEntry]:
     for seq_len in sorted(cfg.pack.seq_lens):
         folder = f"packs/{key}/seq{seq_len}"
         done = out / folder / "packs.json"
-        if not done.is_file():
-            written = []
+        finished = read_done(done)
+        if finished is None:
+            finished = {"packs": []}
             for split in SPLITS:
                 shards = [shard for shard in tokenized.shards if shard.split == split]
                 num_tokens = sum(shard.num_tokens for shard in shards)
@@ -386,9 +388,9 @@ def _pack(cfg: DataConfig, out: Path, tokenized: Tokenized) -> list[PackEntry]:
                         f"pack.seq_lens={seq_len}; give more text, or lower pack.seq_lens"
                     )
                 pack = plan_rows([ShardReader(out / shard.path).doc_lengths for shard in shards], seq_len)
-                written.append(asdict(write_pack(out, folder, split, seq_len, pack)))
-            write_json(done, written)
-        entries += [PackEntry(**entry) for entry in read_json(done)]
+                finished["packs"].append(asdict(write_pack(out, folder, split, seq_len, pack)))
+            write_done(done, finished, sorted((out / folder).glob("*.npy")))
+        entries += [PackEntry(**entry) for entry in finished["packs"]]
     return entries
 
 
@@ -440,12 +442,6 @@ def _pack_funnel(pack: PackEntry, shards: list[ShardEntry]) -> dict[str, Any]:
         "kept": {"tokens": pack.num_target_tokens},
         "dropped": {"first_of_document": {"tokens": num_documents}},
     }
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Delete the temporary files of writers that were killed. The folder is ours while the lock is."""
-    for path in out.rglob(".*.tmp-*"):
-        path.unlink(missing_ok=True)
 
 
 def _key(**parts: Any) -> str:

@@ -19,10 +19,11 @@ import xxhash
 
 from llmtrain.data.config import CorpusConfig
 from llmtrain.data.document import BadRecord, Document
+from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.kernels import SIGNALS
 from llmtrain.data.signals import measure_batch
 from llmtrain.data.sources import Slice, Unit, read_unit
-from llmtrain.files import atomic_write, read_json, write_json
+from llmtrain.files import atomic_write
 
 SCAN_VERSION = 1
 """Part of the folder's key: raise it when the same input would give other documents or signals."""
@@ -89,9 +90,8 @@ def document_id(name: str, position: int) -> bytes:
 def scan_unit(task: ScanTask) -> dict[str, Any]:
     """Scan one unit unless that is done, and return its counts."""
     files = unit_files(task.out, task.key, task.unit.number)
-    if files.done.is_file():
-        summary: dict[str, Any] = read_json(files.done)
-        return summary
+    if (finished := read_done(files.done)) is not None:
+        return finished
     bad: list[dict[str, Any]] = []
     num_records: list[int] = []
     batch_rows: list[int] = []
@@ -119,7 +119,7 @@ def scan_unit(task: ScanTask) -> dict[str, Any]:
         "batch_rows": batch_rows,
         "text_bytes": num_text_bytes,
     }
-    write_json(files.done, summary)
+    write_done(files.done, summary, [files.docs, files.signals, *([files.quarantine] if bad else [])])
     return summary
 
 

@@ -20,12 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmtrain.data.docs import TextBatch, read_texts
-from llmtrain.data.manifest import ShardEntry
+from llmtrain.data.folder import read_done, write_done
+from llmtrain.data.manifest import ShardEntry, shard_files
 from llmtrain.data.scan import unit_files
 from llmtrain.data.shards import ShardWriter, token_dtype
 from llmtrain.data.tokenizer.tokenizer import Ids, Tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
-from llmtrain.files import atomic_write, read_json, write_json
+from llmtrain.files import atomic_write, read_json
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,8 @@ def tokenize_shard(task: TokenizeTask) -> dict[str, Any]:
     """Write one shard unless that is done. Returns its manifest entry and how many documents were checked."""
     prefix = task.out / task.prefix
     done = prefix.with_name(f"{prefix.name}.json")
-    if done.is_file():
-        summary: dict[str, Any] = read_json(done)
-        return summary
+    if (finished := read_done(done)) is not None:
+        return finished
     tokenizer = Tokenizer.load(task.tokenizer)
     rows = _verdict_rows(task)
     lengths, summary = _write_tokens(task, tokenizer, rows, by_words=True)
@@ -72,9 +72,10 @@ def tokenize_shard(task: TokenizeTask) -> dict[str, Any]:
     lineage = rows.select(["id", "source", "path", "record", "text_bytes"])
     lineage = lineage.append_column("num_tokens", pa.array(lengths, pa.int64()))
     ids = pa.array([digest.hex() for digest in lineage.column("id").to_pylist()], pa.string())
-    with atomic_write(prefix.with_name(f"{prefix.name}.docs.parquet")) as handle:
+    lineage_path = prefix.with_name(f"{prefix.name}.docs.parquet")
+    with atomic_write(lineage_path) as handle:
         pq.write_table(lineage.set_column(0, "id", ids), handle, compression="zstd")
-    write_json(done, summary)
+    write_done(done, summary, [*shard_files(prefix), lineage_path])
     return summary
 
 

@@ -21,11 +21,12 @@ import xxhash
 
 from llmtrain.data.config import DataConfig
 from llmtrain.data.decide import KEPT, Verdicts, decide
+from llmtrain.data.folder import write_done
 from llmtrain.data.kernels import SIGNALS
 from llmtrain.data.scan import unit_files
 from llmtrain.data.sources import Unit
 from llmtrain.errors import DataError
-from llmtrain.files import atomic_write, write_json
+from llmtrain.files import atomic_write
 
 SPLITS = ("train", "held_out")
 
@@ -143,8 +144,11 @@ def check_quarantine(
         )
 
 
-def write_verdicts(cfg: DataConfig, folder: Path, table: pa.Table, funnel_of_scan: dict[str, Any]) -> None:
-    """Decide, and write one table a split and one of what was dropped; `summary.json` comes last."""
+def write_verdicts(
+    cfg: DataConfig, folder: Path, table: pa.Table, funnel_of_scan: dict[str, Any]
+) -> dict[str, Any]:
+    """Decide, and write one table a split and one of what was dropped; `summary.json`, which is returned,
+    comes last."""
     signals = {name: table.column(name).to_numpy() for name in (*SIGNALS, "num_bytes")}
     content, ids = digests(table, "content"), digests(table, "id")
     verdicts = decide(signals, content, ids, cfg.rules, cfg.held_out)
@@ -167,15 +171,14 @@ def write_verdicts(cfg: DataConfig, folder: Path, table: pa.Table, funnel_of_sca
     funnel = _decide_funnel(verdicts, parts, num_bytes)
     for entry in (funnel_of_scan, funnel):
         check_closes(entry)
-    write_json(
-        folder / "summary.json",
-        {
-            "funnel": [funnel_of_scan, funnel],
-            "documents_digest": digest.hexdigest(),
-            "num_documents": {name: int(parts[name].sum()) for name in SPLITS},
-            "text_bytes": {name: int(num_bytes[parts[name]].sum()) for name in SPLITS},
-        },
-    )
+    summary = {
+        "funnel": [funnel_of_scan, funnel],
+        "documents_digest": digest.hexdigest(),
+        "num_documents": {name: int(parts[name].sum()) for name in SPLITS},
+        "text_bytes": {name: int(num_bytes[parts[name]].sum()) for name in SPLITS},
+    }
+    write_done(folder / "summary.json", summary, [folder / f"{name}.arrow" for name in parts])
+    return summary
 
 
 def _decide_funnel(

@@ -159,13 +159,36 @@ def test_a_second_run_does_nothing_anew(corpus: Path, jsonl_config: Config) -> N
     assert output_of(out) == output
 
 
+def test_files_that_were_lost_are_made_again(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str]
+) -> None:
+    """Of each kind: texts and signals, bad records, model, tokens, index, lineage, packs, done files."""
+    path = write_jsonl([*texts, {"no": "text"}])
+    cfg = jsonl_config(path, shards=ShardsConfig(text_bytes=20_000), max_quarantine_share=0.1)
+    run(cfg, quiet=True)
+    out = Path(cfg.out)
+    expected = output_of(out)
+    for suffix in (".arrow", ".jsonl", ".model", ".bin", ".idx", ".parquet", ".npy", ".json"):
+        lost = [path for path in out.rglob(f"*{suffix}") if path.parent != out and path.name != "all.jsonl"]
+        assert lost
+        for cut in (False, True):
+            for path in lost:
+                path.write_bytes(path.read_bytes()[:-9]) if cut else path.unlink()
+            run(cfg, quiet=True)
+            assert output_of(out) == expected, (suffix, cut)
+            assert all(path.is_file() for path in lost), (suffix, cut)
+
+
 def test_what_a_killed_writer_left_is_cleared_away(corpus: Path, jsonl_config: Config) -> None:
     cfg = jsonl_config(corpus)
     leftover = Path(cfg.out, "shards/key/.train-00000.bin.tmp-123")
-    leftover.parent.mkdir(parents=True)
-    leftover.touch()
+    another = Path(cfg.out, ".manifest.json.tmp-123")
+    not_ours = Path(cfg.out, "other/.notes.tmp-1")
+    for path in (leftover, another, not_ours):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     run(cfg, quiet=True)
-    assert not leftover.exists()
+    assert (leftover.exists(), another.exists(), not_ours.exists()) == (False, False, True)
 
 
 def test_a_text_longer_than_allowed_goes_to_the_quarantine(

@@ -52,8 +52,8 @@ class Tokenizer:
             )
         fingerprint = hash_file(model)
         facts = model.with_name(FACTS_NAME)
-        if facts.is_file() and (recorded := read_json(facts)["fingerprint"]) != fingerprint:
-            raise DataError(f"{model} is damaged: its sha256 is {fingerprint}, {FACTS_NAME} says {recorded}")
+        if facts.is_file():
+            _check_fingerprint(model, fingerprint, facts)
         try:
             processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         except (RuntimeError, OSError) as error:
@@ -86,3 +86,15 @@ class Tokenizer:
         marks = [self._space_mark_ids] * (2 * len(parts) - 1)
         marks[::2] = parts
         return np.concatenate(marks)
+
+
+def _check_fingerprint(model: Path, fingerprint: str, facts: Path) -> None:
+    mend = f"delete {model.parent} and run `llmtrain data` again, or restore the file"
+    try:
+        recorded = read_json(facts)["fingerprint"]
+    except (ValueError, KeyError) as error:
+        raise DataError(f"{facts} is damaged ({error!r}); {mend}") from error
+    if recorded != fingerprint:
+        raise DataError(
+            f"{model} is damaged: its sha256 is {fingerprint}, {FACTS_NAME} says {recorded}; {mend}"
+        )

@@ -1,0 +1,55 @@
+"""A data folder: its parts, and the files that say that a unit of work is done.
+
+Such a file holds what the unit counted, and the sizes of the files that it wrote. When it cannot be read, or
+one of those files is gone or cut, the unit counts as not done, so running again mends what was deleted or
+lost. Changed bytes of the same size are left to `manifest.verify`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llmtrain.data.manifest import MANIFEST_NAME
+from llmtrain.files import LOCK_FILE, read_json, write_json
+
+PARTS = ("docs", "packs", "quarantine", "shards", "signals", "tokenizer", "verdicts")
+"""Folders that a run makes. What else lies in a data folder is somebody else's."""
+
+
+def write_done(done: Path, summary: dict[str, Any], files: Iterable[Path]) -> None:
+    """Say that a unit is done. Its last act: the files must be in place."""
+    sizes = {os.path.relpath(path, done.parent): path.stat().st_size for path in files}
+    write_json(done, {**summary, "file_bytes": sizes})
+
+
+def read_done(done: Path) -> dict[str, Any] | None:
+    """The summary of a unit, or None when it is to be done, or done again."""
+    try:
+        summary: dict[str, Any] = read_json(done)
+        for name, num_bytes in summary.pop("file_bytes").items():
+            if (done.parent / name).stat().st_size != num_bytes:
+                return None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return summary
+
+
+def is_output(out: Path, path: Path) -> bool:
+    """Whether `path` is what a run into `out` writes."""
+    try:
+        inside = path.resolve().relative_to(out.resolve())
+    except ValueError:
+        return False
+    return inside.parts[0] in (*PARTS, LOCK_FILE, MANIFEST_NAME)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete the temporary files of writers that were killed. The folder is ours while the lock is."""
+    for part in PARTS:
+        for path in (out / part).rglob(".*.tmp-*"):
+            path.unlink(missing_ok=True)
+    for path in out.glob(f".{MANIFEST_NAME}.tmp-*"):
+        path.unlink(missing_ok=True)
