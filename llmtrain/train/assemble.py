@@ -32,7 +32,7 @@ from llmtrain.train.check import check_train
 from llmtrain.train.checkpoint import CheckpointReader, save_checkpoint
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.engine import Engine, FlatSource, build_context, init_ranks
-from llmtrain.train.loop import Progress, StopSignal, train
+from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, train
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
 
@@ -113,9 +113,22 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
 
         recorder = _together(open_recorder)
         what = "start" if progress.step == 0 else "resume"
+        has_peak = cfg.train.device_peak_tflops is not None
         recorder.event(
-            what, progress.step, position=progress.position, source=start.checkpoint, world_size=world_size
+            what,
+            progress.step,
+            position=progress.position,
+            source=start.checkpoint,
+            world_size=world_size,
+            mfu_convention=MFU_CONVENTION if has_peak else None,
+            device_peak_tflops=cfg.train.device_peak_tflops,
+            device_peak_source=cfg.train.device_peak_source,
         )
+        if has_peak:
+            log.info(
+                "MFU counts %s FLOPs against %g TFLOP/s a device (%s)",
+                *(MFU_CONVENTION, cfg.train.device_peak_tflops, cfg.train.device_peak_source),
+            )
 
         def save(*, step: int, position: int) -> None:
             save_checkpoint(

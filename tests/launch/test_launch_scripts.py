@@ -118,7 +118,8 @@ def test_multi_node_passes_its_place_on(launch):
     done = launch("multi_node.sh", "+experiment=demo", **MULTI)
     _, _, arguments = done.stdout.strip().partition(" ")
     assert arguments == (
-        "--shutdown-timeout 120 --nnodes 2 --node-rank 1 --nproc-per-node 4 --master-addr node0 --master-port 29500 "
+        "--shutdown-timeout 120 --nnodes 2 --node-rank 1 --nproc-per-node 4 "
+        "--master-addr node0 --master-port 29500 "
         "-m llmtrain.cli.main train +experiment=demo"
     )
 

@@ -54,6 +54,7 @@ def test_mfu_is_told_when_a_peak_is_named(launcher: Launcher, data: Path, tmp_pa
     assert status == 0, text
     step = next(line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "step")
     assert 0 < step["mfu"] < 1
+    assert "MFU counts causal FLOPs against 0.1 TFLOP/s a device (guess)" in text
 
 
 def test_bf16_trains(launcher: Launcher, data: Path, tmp_path: Path) -> None:
@@ -225,8 +226,6 @@ def test_a_resume_needs_no_room_for_checkpoints_that_are_there(
     status, text = launcher.run(arguments)
     assert status == 0, text
     with (small_disk / "filler").open("wb") as handle:
-        handle.write(
-            bytes(shutil.disk_usage(small_disk).free - 450_000)
-        )  # one more fits
+        handle.write(bytes(shutil.disk_usage(small_disk).free - 450_000))  # one more fits
     status, text = launcher.run([*arguments, "run.intent=resume", "train.total_tokens=2304"])
     assert status == 0, text
