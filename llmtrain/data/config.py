@@ -159,9 +159,9 @@ class TokenizerConfig:
     vocab_size: int = 8192
     """Pieces, with 256 for bytes, one for unknown and one for EOS."""
     sample_bytes: int = 10_000_000
-    """Text to train on: kept training documents, drawn by hash."""
+    """Text to train on: kept training documents, drawn by hash until they reach this much, or all."""
     character_coverage: float = 0.9995
-    """Share of the sample's characters that get a piece of their own; the rest become bytes."""
+    """Share of the sample's characters that get a piece of their own, 0.98 to 1; the rest become bytes."""
     split_digits: bool = True
     """Whether every digit is a piece of its own, as in LLaMA (arXiv:2302.13971, section 2.1)."""
     seed: int = 0
@@ -173,10 +173,8 @@ class TokenizerConfig:
             )
         if self.sample_bytes < 1:
             raise ConfigError(f"tokenizer.sample_bytes={self.sample_bytes} must be at least 1")
-        if not 0 < self.character_coverage <= 1:
-            raise ConfigError(
-                f"tokenizer.character_coverage={self.character_coverage} must lie in 0..1, 0 excluded"
-            )
+        if not 0.98 <= self.character_coverage <= 1:  # SentencePiece's own bounds
+            raise ConfigError(f"tokenizer.character_coverage={self.character_coverage} must lie in 0.98..1")
 
 
 @dataclass(kw_only=True)

@@ -45,7 +45,7 @@ from llmtrain.data.sources import Plan, Unit, plan_units
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, texts_of, tokenize_shard
 from llmtrain.data.tokenizer import words
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, MODEL_NAME, Tokenizer
-from llmtrain.data.tokenizer.train import KIND, train_tokenizer
+from llmtrain.data.tokenizer.train import KIND, TRAIN_VERSION, train_tokenizer
 from llmtrain.data.verdicts import (
     SPLITS,
     Scanned,
@@ -68,6 +68,8 @@ KEY_LETTERS = 16
 TEXT_OF_SOURCE = 0.22
 """First guess at text bytes a source byte of Python, measured on the packages of this project's
 environment."""
+EXACTNESS_PROBE = "a  b\t\n c\uff11\ufb01 "
+"""What tokenizers that normalise or trim do not give back: runs of white space, compatibility characters."""
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES, NUM_SHARDS_AIM = 8 << 20, 1 << 30, 64
 
 
@@ -217,9 +219,19 @@ def _tokenizer(
         model = Path(cfg.path) / MODEL_NAME if Path(cfg.path).is_dir() else Path(cfg.path)
         if read_done(out / relative / FACTS_NAME) is None:
             _write_tokenizer(out / relative, model.read_bytes(), {"given": True})
+        decoded = given.decode(given.encode(EXACTNESS_PROBE))
+        if decoded != EXACTNESS_PROBE:
+            log.warning(
+                "tokenizer.path=%s does not give back the text that it encodes: %r becomes %r. Bits per byte "
+                "count bytes of the text as it was",
+                cfg.path,
+                EXACTNESS_PROBE,
+                decoded,
+            )
     else:
         key = _key(
             kind=KIND,
+            version=TRAIN_VERSION,
             settings=asdict(cfg),
             documents=decided["documents_digest"],
             library=version("sentencepiece"),
@@ -245,7 +257,8 @@ def _train_tokenizer(
         table = pa.ipc.open_file(handle).read_all()
         order = np.argsort(split_order(digests(table, "content"), cfg.seed, "tokenizer"), kind="stable")
         text_bytes = table.column("text_bytes").to_numpy()[order]
-        num_drawn = max(1, int((np.cumsum(text_bytes) <= cfg.sample_bytes).sum()))
+        reached = int(np.searchsorted(np.cumsum(text_bytes), cfg.sample_bytes))
+        num_drawn = min(reached + 1, len(order))
         sample = table.take(pa.array(np.sort(order[:num_drawn])))
         num_sample_bytes = int(text_bytes[:num_drawn].sum())
         with progress("tokenizer", total=num_sample_bytes, unit="B", quiet=quiet) as advance:

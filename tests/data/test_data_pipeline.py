@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import zstandard
 
 from llmtrain.data import pipeline, python_docs, tokenize
@@ -238,6 +239,36 @@ def test_a_given_tokenizer_is_used_as_it_is(
     assert run(cfg, quiet=True).manifest.tokenizer.fingerprint == given.fingerprint
 
 
+def test_a_given_tokenizer_that_changes_text_is_warned_of(
+    corpus: Path, jsonl_config: Config, texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open(tmp_path / "given.model", "wb") as handle:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.splitlines()),
+            model_writer=handle,
+            model_type="bpe",
+            byte_fallback=True,
+            vocab_size=600,
+            minloglevel=2,
+        )
+    cfg = jsonl_config(corpus, tokenizer=TokenizerConfig(path=str(tmp_path / "given.model")))
+    manifest = run(cfg, quiet=True).manifest
+    assert (
+        manifest.funnel[2]["differing_documents"] > 0
+    )  # it puts a space in front: words cannot be looked up
+    assert "given.model does not give back the text that it encodes: 'a  b" in caplog.text
+
+
+def test_the_tokenizers_sample_reaches_its_size(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str]
+) -> None:
+    path = write_jsonl([text[:500] for text in texts])
+    cfg = jsonl_config(path, tokenizer=TokenizerConfig(vocab_size=350, sample_bytes=2400))
+    manifest = run(cfg, quiet=True).manifest
+    facts = json.loads((Path(cfg.out) / manifest.tokenizer.path / "facts.json").read_text())
+    assert 2400 <= facts["num_sample_bytes"] < 3000
+
+
 def test_a_wrong_look_up_is_counted_and_repaired(
     corpus: Path, jsonl_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,7 +478,11 @@ def test_the_embedded_corpus_stops_at_its_cap_whatever_the_units(
         (HeldOutConfig, {"max_bytes": 0}, "held_out.max_bytes=0 must be at least 1"),
         (TokenizerConfig, {"vocab_size": 258}, "tokenizer.vocab_size=258 must be at least 259"),
         (TokenizerConfig, {"sample_bytes": 0}, "tokenizer.sample_bytes=0 must be at least 1"),
-        (TokenizerConfig, {"character_coverage": 0.0}, "tokenizer.character_coverage=0.0 must lie in"),
+        (
+            TokenizerConfig,
+            {"character_coverage": 0.0},
+            "tokenizer.character_coverage=0.0 must lie in 0.98..1",
+        ),
         (ShardsConfig, {"text_bytes": 0}, "shards.text_bytes=0 must be at least 1"),
         (PackConfig, {"seq_lens": []}, r"pack.seq_lens=\[\] must name different lengths of at least 2"),
         (PackConfig, {"seq_lens": [8, 8]}, r"pack.seq_lens=\[8, 8\] must name different lengths"),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -118,8 +120,34 @@ def test_a_vocabulary_smaller_than_the_characters_says_what_they_need(texts: lis
 
 
 def test_text_without_words_is_an_error_not_a_crash() -> None:
-    with pytest.raises(DataError, match="could not train a vocabulary of 300"):
-        train_tokenizer([], TokenizerConfig(vocab_size=300))
+    for texts in ([], ["\u2581\u2581"]):
+        with pytest.raises(DataError, match="sample holds no text to train on"):
+            train_tokenizer(texts, TokenizerConfig(vocab_size=300))
+
+
+@pytest.mark.parametrize("num_spaces", [0, 1])
+def test_a_space_is_a_piece_however_rare_it_is(tmp_path: Path, num_spaces: int) -> None:
+    letters = random.Random(0).choices("abcdefgh", k=20_000)
+    text = "".join(letters) + " a" * num_spaces
+    (tmp_path / MODEL_NAME).write_bytes(train_tokenizer([text], TokenizerConfig(vocab_size=300)))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("a b  \u2581 c ")) == "a b  \u2581 c "
+
+
+def test_a_model_without_a_piece_for_the_space_is_refused(tmp_path: Path) -> None:
+    with open(tmp_path / MODEL_NAME, "wb") as handle:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["ab", "bc", "cd"] * 99),
+            model_writer=handle,
+            model_type="bpe",
+            byte_fallback=True,
+            add_dummy_prefix=False,
+            vocab_size=270,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    with pytest.raises(DataError, match="has no piece for the space"):
+        Tokenizer.load(tmp_path)
 
 
 def test_half_a_surrogate_pair_is_an_error(tokenizer: Tokenizer) -> None:
@@ -139,7 +167,6 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_encode_every_text_is_refused(tmp_path: Path, texts: list[str]) -> None:
-    sentencepiece = pytest.importorskip("sentencepiece")
     with open(tmp_path / MODEL_NAME, "wb") as handle:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),

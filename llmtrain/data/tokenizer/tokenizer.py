@@ -40,6 +40,11 @@ class Tokenizer:
             raise DataError(
                 "the tokenizer needs an EOS piece and byte fallback; train it with `llmtrain data`"
             )
+        if processor.is_unknown(processor.piece_to_id(SPACE_MARK)):
+            raise DataError(
+                "the tokenizer has no piece for the space and would write it as the bytes of U+2581; "
+                "train it with `llmtrain data`"
+            )
         self._space_mark_ids = np.array([self.byte_ids[byte] for byte in SPACE_MARK.encode()], dtype=np.int32)
 
     @classmethod

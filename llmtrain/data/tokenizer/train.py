@@ -2,8 +2,9 @@
 
 Choices, and why: identity normalisation, no dummy prefix and untouched white space make
 decode(encode(x)) == x; runs of spaces are pieces, so indentation is cheap; a line end is in no longer
-piece, because the trainer sees lines one by one, and becomes the byte piece <0x0A>. SentencePiece
-silently skips sentences over 4,192 bytes by default; the bound is lifted here.
+piece, because the trainer sees lines one by one, and becomes the byte piece <0x0A>. The space gets a piece
+however rare it is: without one SentencePiece would write it as the bytes of U+2581, which decode to that
+character. SentencePiece silently skips sentences over 4,192 bytes by default; the bound is lifted here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from llmtrain.data.tokenizer.tokenizer import SPACE_MARK
 from llmtrain.errors import DataError
 
 KIND = "sentencepiece_bpe"
+TRAIN_VERSION = 1
+"""Part of the folder's key: raise it when the same documents and settings would give another model."""
 MAX_SENTENCE_BYTES = 1 << 30
 
 
@@ -38,6 +41,7 @@ def train_tokenizer(texts: Iterable[str], cfg: TokenizerConfig) -> bytes:
             vocab_size=cfg.vocab_size,
             byte_fallback=True,
             character_coverage=cfg.character_coverage,
+            required_chars=SPACE_MARK,
             split_digits=cfg.split_digits,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
@@ -71,6 +75,8 @@ def _explain(message: str, cfg: TokenizerConfig) -> str:
             f"tokenizer.vocab_size={cfg.vocab_size} is larger than the text allows, "
             f"at most {largest.group(1)}; lower it, or give more text"
         )
+    if "!sentences_.empty()" in message:
+        return "the tokenizer's sample holds no text to train on; give other text, or tokenizer.path"
     smallest = re.search(r"required_chars\. \d+ vs (\d+)", message)
     if smallest:
         return (
