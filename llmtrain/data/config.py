@@ -48,7 +48,8 @@ class CorpusConfig:
     """Names the data folder and the manifest."""
     format: Format
     paths: list[str] = field(default_factory=list)
-    """Files, folders or globs (`**` goes into folders), in any order. Not for python_docs and datasets."""
+    """Files, folders or globs (`**` goes into folders), in any order; each file counts once. Hidden files in
+    folders, and what a run wrote into `out`, are left out. Not for python_docs and datasets."""
     text_field: str = "text"
     """JSON key or column that holds the text: jsonl, parquet, datasets."""
     source_field: str | None = None

@@ -12,7 +12,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff]")
 BAD_REASONS = {
     "absurd_length": "longer than corpus.max_document_bytes",
     "broken_json": "not a JSON value",
-    "corrupt_archive": "compressed data or a Parquet file that does not decode",
+    "corrupt_archive": "compressed data or Parquet that does not decode: what follows in it is lost",
     "invalid_utf8": "bytes, or half a surrogate pair, that are not UTF-8",
     "missing_field": "an object without the text field",
     "truncated_archive": "compressed data that ends too early: what came before is used, the rest is lost",
@@ -38,6 +38,11 @@ class BadRecord:
     reason: str
     num_bytes: int
     detail: str
+
+
+def utf8(text: str) -> str:
+    """`text` with what UTF-8 cannot hold (half a surrogate pair, a byte of a file name) spelled out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def normalize(text: str) -> str:

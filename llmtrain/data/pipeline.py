@@ -58,13 +58,14 @@ from llmtrain.data.verdicts import (
     scan_funnel,
     write_verdicts,
 )
-from llmtrain.errors import DataError
+from llmtrain.errors import DataError, LaunchError
 from llmtrain.files import FolderLock, atomic_write, free_bytes, hash_file, hash_json
 from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
 
 KEY_LETTERS = 16
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TEXT_OF_SOURCE = 0.22
 """First guess at text bytes a source byte of Python, measured on the packages of this project's
 environment."""
@@ -90,7 +91,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
 
     Raises:
         DataError: nothing to read, too many bad records, nothing left, no space, a vocabulary that does
-        not fit. LaunchError: another process is writing the folder.
+        not fit; `cfg.out` cannot be written. LaunchError: another process is writing the folder.
     """
     out = Path(cfg.out)
     report_times: dict[str, tuple[float, float]] = {}
@@ -101,7 +102,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         yield
         report_times[name] = (time.monotonic() - wall, time.process_time() - cpu)
 
-    with _disk_full_explained(out), FolderLock(out):
+    with _disk_full_explained(out), _locked(out):
         remove_leftovers(out)
         engine = make_engine(cfg.engine)
         with timed("compile"):
@@ -134,7 +135,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
 
 
 def _scan(cfg: DataConfig, out: Path, engine: Engine, *, quiet: bool) -> Scanned:
-    plan = plan_units(cfg.corpus, cfg.engine.unit_bytes)
+    plan = plan_units(cfg.corpus, cfg.engine.unit_bytes, out=out)
     key = _key(
         version=SCAN_VERSION,
         corpus=cfg.deciding()["corpus"],
@@ -483,11 +484,26 @@ def _tool_version() -> str:
 
 
 @contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    lock = FolderLock(out)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if isinstance(error, LaunchError) or error.errno in DISK_FULL:
+            raise
+        raise DataError(f"out={out} cannot be written: {error.strerror}; give another out=FOLDER") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
 def _disk_full_explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         raise DataError(

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from llmtrain.data.document import utf8
 from llmtrain.data.kernels import compiled
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
@@ -71,7 +72,7 @@ def _walk(root: str, *, is_stdlib: bool) -> Iterator[InstalledFile]:
             source = STDLIB_SOURCE if is_stdlib else name.removesuffix(".py") if inside == "." else package
             place = "python" if is_stdlib else "site-packages"
             full_name = f"{place}/{name}" if inside == "." else f"{place}/{inside}/{name}"
-            yield InstalledFile(path, full_name, source, stat.st_size, stat.st_mtime_ns)
+            yield InstalledFile(path, utf8(full_name), utf8(source), stat.st_size, stat.st_mtime_ns)
 
 
 def extract(sources: list[bytes]) -> list[bytes]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import xxhash
 
 from llmtrain.data.config import CorpusConfig
-from llmtrain.data.document import BadRecord, Document
+from llmtrain.data.document import BadRecord, Document, utf8
 from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.kernels import SIGNALS
 from llmtrain.data.signals import measure_batch
@@ -153,7 +153,7 @@ def _bad(slice_number: int, piece: Slice, number: int, record: BadRecord) -> dic
         "record": number,
         "reason": record.reason,
         "num_bytes": record.num_bytes,
-        "detail": record.detail[:500],
+        "detail": utf8(record.detail[:500]),
     }
 
 

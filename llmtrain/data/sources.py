@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ import zstandard
 
 from llmtrain.data import python_docs
 from llmtrain.data.config import CorpusConfig, Format, TextUnit
-from llmtrain.data.document import BadRecord, Document
+from llmtrain.data.document import BadRecord, Document, utf8
+from llmtrain.data.folder import is_output
 from llmtrain.errors import DataError
 
 READ_BYTES = 1 << 20
 ROWS_A_BATCH = 1000
 MAX_ESCAPE_FACTOR = 6
 """Bytes of a JSON line for each byte of its text, at worst: `\\u0000`."""
+MAX_ZSTD_WINDOW = 1 << 31
+"""The largest that zstd itself writes (`--ultra --long=31`); a frame says how much it needs."""
 
 Record = Document | BadRecord | None
 """None: a blank line, which is no record but counts in the numbering."""
@@ -67,32 +71,56 @@ class Plan:
     """JSON of what identifies the input: names, sizes and change times."""
 
 
-def plan_units(cfg: CorpusConfig, unit_bytes: int) -> Plan:
-    """List the input, cut it and group the pieces into units of about `unit_bytes`."""
+def plan_units(cfg: CorpusConfig, unit_bytes: int, *, out: Path | None = None) -> Plan:
+    """List the input, cut it and group the pieces into units of about `unit_bytes`.
+
+    Args:
+        out: data folder whose own files are no input, should they lie inside corpus.paths.
+    """
     if cfg.format is Format.python_docs:
         slices, fingerprint = _python_docs_slices(cfg)
     elif cfg.format is Format.datasets:
         slices, fingerprint = _dataset_slices(cfg, unit_bytes)
     else:
-        paths = find_files(cfg.paths)
-        fingerprint = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+        paths = find_files(cfg.paths, out=out)
+        stats = [path.stat() for path in paths]
+        fingerprint = [
+            [utf8(str(path)), stat.st_size, stat.st_mtime_ns] for path, stat in zip(paths, stats, strict=True)
+        ]
         cut = _row_group_slices if cfg.format is Format.parquet else _byte_slices
         slices = [piece for path in paths for piece in cut(path, cfg, unit_bytes)]
     return Plan(units=_group(slices, unit_bytes), fingerprint=fingerprint)
 
 
-def find_files(patterns: list[str]) -> list[Path]:
-    """Files that the patterns name, each once, sorted. A folder stands for every file inside it."""
-    found: set[Path] = set()
+def find_files(patterns: list[str], *, out: Path | None = None) -> list[Path]:
+    """Files that the patterns name, each once, sorted; what a run into `out` wrote is left out.
+
+    A folder stands for every file inside it, but hidden ones, as in a glob. A file that is reached by
+    several names counts under the first of them.
+    """
+    found: dict[Path, Path] = {}
     for pattern in patterns:
-        matches = [Path(match) for match in glob(pattern, recursive=True)]
-        inside = [file for match in matches if match.is_dir() for file in match.rglob("*") if file.is_file()]
-        files = [match for match in matches if match.is_file()] + inside
+        literal = Path(pattern)
+        matches = [literal] if literal.exists() else [Path(name) for name in glob(pattern, recursive=True)]
+        files = [file for match in matches for file in _files_of(match)]
         if not files:
             what = "is a folder without files" if matches else "matches no file"
             raise DataError(f"corpus.paths: {pattern!r} {what} (looked from {Path.cwd()})")
-        found.update(files)
-    return sorted(found)
+        for file in files:
+            real = file.resolve()
+            if out is None or not is_output(out, real):
+                found[real] = min(file, found.get(real, file))
+    return sorted(found.values())
+
+
+def _files_of(path: Path) -> Iterator[Path]:
+    if path.is_file():
+        yield path
+    elif path.is_dir():
+        for inside in path.rglob("*"):
+            is_hidden = any(part.startswith(".") for part in inside.relative_to(path).parts)
+            if not is_hidden and inside.is_file():
+                yield inside
 
 
 def read_unit(unit: Unit, cfg: CorpusConfig) -> Iterator[tuple[Slice, Iterator[Record]]]:
@@ -107,16 +135,22 @@ def read_unit(unit: Unit, cfg: CorpusConfig) -> Iterator[tuple[Slice, Iterator[R
         Format.datasets: _read_dataset,
     }
     for piece in unit.slices:
-        yield piece, _guarded(reader[cfg.format](piece, cfg))
+        num_rows = piece.end - piece.start if cfg.format in (Format.parquet, Format.datasets) else 0
+        yield piece, _guarded(reader[cfg.format](piece, cfg), num_rows)
 
 
-def _guarded(records: Iterator[Record]) -> Iterator[Record]:
-    """Turn an error of the file itself into one bad record."""
+def _guarded(records: Iterator[Record], num_rows: int) -> Iterator[Record]:
+    """Turn an error of the file itself into bad records: one for each row that is lost, or one."""
+    num_read = 0
     try:
-        yield from records
+        for record in records:
+            num_read += 1
+            yield record
     except (OSError, pa.ArrowException) as error:
-        reason = "unreadable_file" if isinstance(error, OSError) else "corrupt_archive"
-        yield BadRecord(reason, 0, str(error))
+        is_unreadable = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none
+        reason = "unreadable_file" if is_unreadable else "corrupt_archive"
+        for _ in range(max(1, num_rows - num_read)):
+            yield BadRecord(reason, 0, str(error))
 
 
 def _group(slices: list[Slice], unit_bytes: int) -> list[Unit]:
@@ -144,8 +178,8 @@ def _byte_slices(path: Path, cfg: CorpusConfig, unit_bytes: int) -> list[Slice]:
     return [
         Slice(
             path=str(path),
-            name=str(path),
-            source=path.name.split(".")[0],
+            name=utf8(str(path)),
+            source=utf8(path.name.split(".")[0]),
             start=start,
             end=min(start + step, size) if may_cut else size,
             num_bytes=min(step, size - start),
@@ -168,20 +202,28 @@ def _blocks(path: str, start: int) -> Iterator[bytes]:
     if path.endswith(".gz"):
         new_decoder = lambda: zlib.decompressobj(wbits=31)  # noqa: E731
     elif path.endswith(".zst"):
-        new_decoder = lambda: zstandard.ZstdDecompressor().decompressobj()  # noqa: E731
+        new_decoder = lambda: zstandard.ZstdDecompressor(  # noqa: E731
+            max_window_size=MAX_ZSTD_WINDOW
+        ).decompressobj()
     with open(path, "rb") as handle:
         handle.seek(start)
         decoder = None
+        may_be_padding = False
         while block := handle.read(READ_BYTES):
             if new_decoder is None:
                 yield block
                 continue
             while block:
+                if may_be_padding and decoder is None:
+                    block = block.lstrip(b"\0")  # zeros behind a gzip member, as gzip(1) skips them
+                    if not block:
+                        break
                 decoder = new_decoder() if decoder is None else decoder
                 try:
                     yield decoder.decompress(block)
                 except (zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
                     raise _BadInput("corrupt_archive", str(error)) from error
+                may_be_padding = path.endswith(".gz")
                 block = decoder.unused_data if decoder.eof else b""
                 decoder = None if decoder.eof else decoder
         if decoder is not None:
@@ -210,9 +252,11 @@ def _lines(piece: Slice, max_bytes: int) -> Iterator[tuple[int, bytes | None, in
             position += num_bytes + 1
             parts, num_part_bytes = [], 0
         if rest:
-            if num_part_bytes <= max_bytes:
+            if num_part_bytes <= max_bytes and not skip_first:
                 parts.append(rest)
             num_part_bytes += len(rest)
+        if skip_first and position + num_part_bytes >= piece.end:
+            return  # no line begins in this slice
     if num_part_bytes and not skip_first and (position < piece.end or is_compressed):
         yield position, b"".join(parts) if num_part_bytes <= max_bytes else None, num_part_bytes
 
@@ -249,7 +293,7 @@ def _parse_json(line: bytes, position: int, cfg: CorpusConfig) -> Record:
         detail = f"field {cfg.text_field!r} is of type {type(text).__name__}, not text"
         return BadRecord("wrong_type", len(line), detail)
     source = value.get(cfg.source_field) if cfg.source_field else None
-    return _document(text, position, None if source is None else str(source))
+    return _document(text, position, None if source is None else utf8(str(source)))
 
 
 def _document(text: str, position: int, source: str | None) -> Record:
@@ -321,14 +365,13 @@ def _read_whole(piece: Slice, cfg: CorpusConfig) -> Iterator[Record]:
 
 def _row_group_slices(path: Path, cfg: CorpusConfig, unit_bytes: int) -> list[Slice]:
     del unit_bytes  # a row group is never cut
-    whole = Slice(
-        path=str(path), name=str(path), source=path.stem, start=0, end=0, num_bytes=path.stat().st_size
-    )  # fmt: skip
+    name, source = utf8(str(path)), utf8(path.stem)
     try:
-        metadata = pq.read_metadata(path)
-        schema = pq.read_schema(path)
-    except pa.ArrowException:
-        return [whole]  # reading it fails again, and is counted there
+        with _open_parquet(str(path)) as file:
+            metadata, schema = file.metadata, file.schema_arrow
+    except (pa.ArrowException, OSError):  # reading it fails again, and is counted there
+        size = path.stat().st_size
+        return [Slice(path=str(path), name=name, source=source, start=0, end=0, num_bytes=size)]
     for column in (cfg.text_field, *([cfg.source_field] if cfg.source_field else [])):
         _check_column(str(path), column, schema.names)
     _check_text_type(str(path), cfg.text_field, schema.field(cfg.text_field).type)
@@ -338,8 +381,8 @@ def _row_group_slices(path: Path, cfg: CorpusConfig, unit_bytes: int) -> list[Sl
         slices.append(
             Slice(
                 path=str(path),
-                name=str(path),
-                source=path.stem,
+                name=name,
+                source=source,
                 start=row,
                 end=row + group.num_rows,
                 num_bytes=max(1, group.total_byte_size),
@@ -349,7 +392,13 @@ def _row_group_slices(path: Path, cfg: CorpusConfig, unit_bytes: int) -> list[Sl
     return slices
 
 
+def _open_parquet(path: str) -> pq.ParquetFile:
+    return pq.ParquetFile(pa.OSFile(os.fsencode(path)))  # bytes: a name need not be UTF-8
+
+
 def _check_column(where: str, column: str, known: list[str]) -> None:
+    if known.count(column) > 1:
+        raise DataError(f"{where} has {known.count(column)} columns {column!r}; rename all but one")
     if column not in known:
         raise DataError(
             f"{where} has no column {column!r}; columns: {', '.join(known)}. "
@@ -367,7 +416,7 @@ def _check_text_type(where: str, column: str, kind: pa.DataType) -> None:
 
 
 def _read_parquet(piece: Slice, cfg: CorpusConfig) -> Iterator[Record]:
-    with pq.ParquetFile(piece.path) as file:
+    with _open_parquet(piece.path) as file:
         row, groups = 0, []
         for number in range(file.metadata.num_row_groups):
             if piece.start <= row < piece.end:
@@ -382,13 +431,20 @@ def _rows(batches: Iterator[pa.RecordBatch], first_row: int, cfg: CorpusConfig) 
     row = first_row
     for batch in batches:
         texts = batch.column(cfg.text_field).cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
-        sources = batch.column(cfg.source_field).to_pylist() if cfg.source_field else [None] * len(texts)
+        sources = _source_names(batch.column(cfg.source_field)) if cfg.source_field else [None] * len(texts)
         for text, source in zip(texts, sources, strict=True):
             if text is None:
                 yield BadRecord("wrong_type", 0, f"column {cfg.text_field!r} is null")
             else:
-                yield Document(text, row, None if source is None else str(source))
+                yield Document(text, row, source)
             row += 1
+
+
+def _source_names(column: pa.Array) -> list[str | None]:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):  # may be no UTF-8
+        raw = column.cast(pa.large_string()).cast(pa.large_binary()).to_pylist()
+        return [None if name is None else name.decode(errors="backslashreplace") for name in raw]
+    return [None if value is None else utf8(str(value)) for value in column.to_pylist()]
 
 
 def _dataset_slices(cfg: CorpusConfig, unit_bytes: int) -> tuple[list[Slice], list[Any]]:

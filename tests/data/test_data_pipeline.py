@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -314,6 +315,19 @@ def test_bad_records_are_listed_counted_and_stop_the_run_past_their_share(
         run(cfg, quiet=True)  # finished verdicts do not hide the share
 
 
+def test_bad_records_may_hold_what_utf8_cannot(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str], tmp_path: Path
+) -> None:
+    path = write_jsonl([*texts, {"\ud800": "key"}])
+    path.with_name(os.fsdecode(b"x\xff.jsonl")).write_text('{"a": 1}\n')
+    manifest = run(jsonl_config(tmp_path / "*.jsonl", max_quarantine_share=0.1), quiet=True).manifest
+    assert dropped(manifest, 0) == {"missing_field": 2}
+    (listing,) = (tmp_path / "out/quarantine").rglob("all.jsonl")
+    records = [json.loads(line) for line in listing.read_text().splitlines()]
+    assert records[0]["detail"] == "no field 'text'; fields: \\ud800"
+    assert records[1]["path"] == f"{tmp_path}/x\\udcff.jsonl"
+
+
 def test_a_missing_field_names_the_fields_there_are(write_jsonl: Write, jsonl_config: Config) -> None:
     path = write_jsonl([{"body": "a", "title": "b"}] * 3)
     with pytest.raises(DataError, match=r"3 of 3 .* missing_field 3.* no field 'text'; fields: body, title"):
@@ -352,12 +366,21 @@ def test_two_runs_do_not_write_one_folder(corpus: Path, jsonl_config: Config) ->
 def test_other_errors_of_the_system_stay_what_they_are(
     corpus: Path, jsonl_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*arguments: Any) -> None:
+    def refuse(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.EACCES, "no entry")
 
     monkeypatch.setattr(pipeline, "plan_units", refuse)
     with pytest.raises(OSError, match="no entry"):
         run(jsonl_config(corpus), quiet=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(corpus: Path, jsonl_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out, why in (("file", "File exists"), ("file/x", "Not a directory")):
+        with pytest.raises(
+            DataError, match=rf"out=.*/{out} cannot be written: {why}; give another out=FOLDER"
+        ):
+            run(jsonl_config(corpus, out=str(tmp_path / out)), quiet=True)
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,40 @@ def test_a_truncated_archive_gives_what_came_before_and_one_bad_record(
         assert texts_of(read(config(Format.text, path))) == [reason]
 
 
+def test_zeros_behind_a_gzip_member_are_padding(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(JSONL) + b"\0" * 99)
+    assert len(read(config(Format.jsonl, tmp_path))) == len(LINES)
+    (tmp_path / "a.jsonl.gz").write_bytes(b"\0" * 99)
+    assert texts_of(read(config(Format.jsonl, tmp_path))) == ["corrupt_archive"]
+
+
+def test_zstd_frames_with_a_long_window_are_read(tmp_path: Path) -> None:
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(compressor.compress(JSONL) + compressor.flush())
+    assert len(read(config(Format.jsonl, tmp_path))) == len(LINES)
+
+
+def test_a_long_line_is_not_read_again_by_every_slice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+    blocks = sources._blocks
+
+    def counted(path: str, start: int) -> Iterator[bytes]:
+        nonlocal num_read
+        for block in blocks(path, start):
+            num_read += len(block)
+            yield block
+
+    monkeypatch.setattr(sources, "_blocks", counted)
+    monkeypatch.setattr(sources, "READ_BYTES", 50)
+    (tmp_path / "a.txt").write_bytes(b"x" * 10_000 + b"\nlast")
+    cfg = config(Format.text, tmp_path / "a.txt", text_unit=TextUnit.line)
+    assert texts_of(read(cfg, unit_bytes=50)) == [b"x" * 10_000, b"last"]
+    assert num_read < 40_000
+
+
 def test_a_byte_order_mark_does_not_break_the_first_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
     assert texts_of(read(config(Format.jsonl, tmp_path / "a.jsonl"))) == [b"one"]
@@ -162,6 +197,40 @@ def test_absurd_lengths_of_plain_text_are_bad_records(tmp_path: Path, text_unit:
     assert found == (["absurd_length"] if text_unit is TextUnit.file else ["absurd_length", b"short"])
 
 
+def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, format_ in enumerate((Format.jsonl, Format.parquet)):
+        path = folder / os.fsdecode(b"b\xff%d" % number)
+        lines = b'{"text": "one", "from": "\\ud800"}\n{"text": "two", "from": ["a"]}\n'
+        path.write_bytes(lines)
+        if format_ is Format.parquet:
+            names = pa.array([b"\xffb", b"ok"]).cast(pa.string(), safe=False)
+            with open(path, "wb") as handle:
+                pq.write_table(pa.table({"text": ["one", "two"], "from": names}), handle)
+        cfg = config(format_, folder, source_field="from")
+        (unit,) = plan_units(cfg, 1 << 20).units
+        ((piece, records),) = read_unit(unit, cfg)
+        assert piece.name == f"{folder}/b\\xff{number}".replace("\\xff", "\\udcff")
+        expected = ["\\ud800", "['a']"] if format_ is Format.jsonl else ["\\xffb", "ok"]
+        assert [record.source for record in records if isinstance(record, Document)] == expected
+        path.unlink()
+
+
+def test_a_damaged_row_group_counts_every_row_that_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = [f"row {number} " + "x" * 200 for number in range(20)]
+    pq.write_table(pa.table({"text": rows}), path, row_group_size=5, compression="none", use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    content[start : start + 30] = b"\xff" * 30
+    path.write_bytes(content)
+    found = read(config(Format.parquet, path))
+    lost: list[bytes | str] = ["corrupt_archive"] * 5
+    assert texts_of(found) == [*(r.encode() for r in rows[:5]), *lost, *(r.encode() for r in rows[10:])]
+    assert [number for _, number, _, _ in found] == list(range(1, 21))
+
+
 def test_row_groups_of_parquet_are_read_in_order(tmp_path: Path) -> None:
     rows = [f"row {number}" for number in range(20)]
     table = pa.table({"text": [*rows[:7], None, *rows[8:]], "other": list(range(20))})
@@ -184,6 +253,9 @@ def test_parquet_with_other_columns_names_them(tmp_path: Path) -> None:
         read(config(Format.parquet, tmp_path / "a.parquet"))
     with pytest.raises(DataError, match=r"column 'size' of .* holds int64, not text"):
         read(config(Format.parquet, tmp_path / "a.parquet", text_field="size"))
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"has 2 columns 'text'; rename all but one"):
+        read(config(Format.parquet, tmp_path / "a.parquet"))
 
 
 def test_a_file_that_is_no_parquet_is_one_bad_record(tmp_path: Path) -> None:
@@ -207,6 +279,24 @@ def test_globs_and_folders_name_each_file_once(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     found = sources.find_files([str(tmp_path / "*.txt"), str(tmp_path), str(tmp_path / "**/c.txt")])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "b.txt", "in/deep/c.txt"]
+
+
+def test_a_file_counts_once_whatever_its_names_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b[1].txt").touch()
+    Path("a.txt").symlink_to("b[1].txt")
+    assert sources.find_files(["b[1].txt", str(tmp_path / "b*"), "./a.txt"]) == [tmp_path / "b[1].txt"]
+    assert sources.find_files(["b[1].txt", "./a.txt"]) == [Path("a.txt")]
+
+
+def test_hidden_files_and_our_own_are_no_input(tmp_path: Path) -> None:
+    for name in (".git/x", "in/.hidden", "in/a.txt", "out/.lock", "out/manifest.json", "out/shards/k/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "out/text.txt").touch()
+    for pattern in (str(tmp_path), str(tmp_path / "**")):
+        found = sources.find_files([pattern], out=tmp_path / "out")
+        assert found == [tmp_path / "in/a.txt", tmp_path / "out/text.txt"]
 
 
 def test_a_path_that_matches_nothing_is_named(tmp_path: Path) -> None:
