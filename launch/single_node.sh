@@ -44,7 +44,7 @@ fi
 # Mistakes that need no ranks are found by one process and said once; torchrun would say them once a rank.
 case " $* " in
     *" -m "* | *" --multirun "* | *" --help "* | *" --cfg "*) ;;
-    *) WORLD_SIZE=$nproc "$(dirname "$torchrun")/python" -m llmtrain.cli.main train "$@" check_only=true >/dev/null ;;
+    *) WORLD_SIZE=$nproc "$(dirname "$(command -v "$torchrun")")/python" -m llmtrain.cli.main train "$@" check_only=true >/dev/null ;;
 esac
 
 trap '' USR1 # ranks save and leave on it; torchrun, which inherits this, does not die of it first
