@@ -20,7 +20,7 @@ from llmtrain.data.filters.gopher import SETTING_OF_REASON, Columns, dropped_by
 from llmtrain.errors import DataError
 
 KEPT = -1
-DECIDE_VERSION = 1
+DECIDE_VERSION = 2
 """Part of the folder's key: raise it when the same signals would give other verdicts."""
 
 
@@ -51,8 +51,8 @@ def decide(
     """Give every document its verdict.
 
     Raises:
-        DataError: fewer than two documents are left, one to train on and one to hold out; says what
-        dropped them.
+        DataError: fewer than two different texts are left, one to train on and one to hold out; says what
+        dropped the others.
     """
     masks = [("empty", signals["num_words"] == 0), *dropped_by(signals, rules)]
     reasons = [name for name, _ in masks] + ["duplicate"]
@@ -66,7 +66,7 @@ def decide(
     verdicts = Verdicts(
         reason=reason, reasons=reasons, is_held_out=_held_out(signals["num_bytes"], content, kept, held_out)
     )
-    if kept.sum() < 2:
+    if not verdicts.is_held_out.any():
         raise DataError(_too_few(verdicts, signals["num_bytes"], rules))
     return verdicts
 
@@ -88,15 +88,18 @@ def _held_out(
     cfg: HeldOutConfig,
 ) -> npt.NDArray[np.bool_]:
     """Kept documents whose hash is below `fraction`, the lowest first, while they fit into max_bytes; at
-    least one."""
+    least one, if there are two texts. Equal texts, which are left without exact_dedup, stay together."""
     hashes = split_order(content, cfg.seed, "held_out")
     candidates = np.flatnonzero(kept)
     by_hash = candidates[np.argsort(hashes[candidates], kind="stable")]
     num_drawn = int((hashes[by_hash] < np.uint64(cfg.fraction * 2.0**64)).sum())
     if cfg.max_bytes is not None:
         num_drawn = min(num_drawn, int((np.cumsum(num_bytes[by_hash]) <= cfg.max_bytes).sum()))
+    cuts = np.flatnonzero(np.diff(hashes[by_hash])) + 1  # where another text begins
     is_held_out = np.zeros(len(kept), dtype=np.bool_)
-    is_held_out[by_hash[: min(max(num_drawn, 1), max(len(by_hash) - 1, 0))]] = True
+    if len(cuts):
+        cut = cuts[max(int(np.searchsorted(cuts, num_drawn, side="right")) - 1, 0)]
+        is_held_out[by_hash[:cut]] = True
     return is_held_out
 
 
@@ -106,8 +109,9 @@ def _too_few(verdicts: Verdicts, num_bytes: npt.NDArray[np.int64], rules: RulesC
     )
     counts = ", ".join(f"{name} {count['documents']:,}" for name, count in dropped) or "none"
     num_kept = int((verdicts.reason == KEPT).sum())
+    left = f"{num_kept:,} of {len(num_bytes):,} documents are left"
     message = (
-        f"{num_kept} of {len(num_bytes):,} documents are left, and two are needed: "
+        f"{left}{', all of the same text' if num_kept > 1 else ''}, and two different ones are needed: "
         f"one to train on and one to hold out. Dropped: {counts}"
     )
     for name, _ in dropped:

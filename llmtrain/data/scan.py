@@ -25,7 +25,7 @@ from llmtrain.data.signals import measure_batch
 from llmtrain.data.sources import Slice, Unit, read_unit
 from llmtrain.files import atomic_write
 
-SCAN_VERSION = 1
+SCAN_VERSION = 2
 """Part of the folder's key: raise it when the same input would give other documents or signals."""
 BATCH_BYTES = 4 << 20
 

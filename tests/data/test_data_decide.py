@@ -135,6 +135,22 @@ def test_the_held_out_split_follows_the_text_not_the_order() -> None:
     assert (other.is_held_out != verdicts.is_held_out).any()
 
 
+def test_equal_texts_stay_on_one_side_of_the_split() -> None:
+    signals, rules = columns(30), RulesConfig(exact_dedup=False)
+    signals["num_bytes"][:] = 100
+    contents = digests([number // 5 for number in range(30)])
+    for max_bytes in range(50, 3000, 50):
+        held_out = HeldOutConfig(fraction=0.9, max_bytes=max_bytes)
+        verdicts = decide(signals, contents, random_digests(30), rules, held_out)
+        by_text = verdicts.is_held_out.reshape(6, 5)
+        assert (by_text == by_text[:, :1]).all()
+        assert 0 < by_text.sum() <= max(max_bytes // 100, 5)
+    with pytest.raises(
+        DataError, match="30 of 30 documents are left, all of the same text, and two different"
+    ):
+        decide(signals, digests([1] * 30), random_digests(30), rules, HeldOutConfig())
+
+
 def test_the_held_out_split_has_a_bound_and_never_less_than_one_document() -> None:
     content = random_digests(2000)
     assert held_out_of(content, HeldOutConfig(fraction=0.5, max_bytes=3500)).is_held_out.sum() == 3
@@ -154,7 +170,9 @@ def test_when_nothing_is_left_the_message_counts_the_reasons() -> None:
 
 
 def test_one_document_left_is_too_few() -> None:
-    with pytest.raises(DataError, match=r"1 of 3 documents are left, and two are needed.*duplicate 2$"):
+    with pytest.raises(
+        DataError, match=r"1 of 3 documents are left, and two different ones are needed.*duplicate 2$"
+    ):
         decide(columns(3), digests([7, 7, 7]), random_digests(3), RulesConfig(), HeldOutConfig())
 
 
