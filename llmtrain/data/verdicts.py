@@ -8,6 +8,7 @@ the order of the input, and `summary.json` with the funnel of the first two pass
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from llmtrain.data.scan import unit_files
 from llmtrain.data.sources import Unit
 from llmtrain.errors import DataError
 from llmtrain.files import atomic_write
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "held_out")
 
@@ -125,23 +128,29 @@ def scan_funnel(table: pa.Table, bad: list[dict[str, Any]]) -> dict[str, Any]:
 def check_quarantine(
     cfg: DataConfig, folder: Path, funnel: dict[str, Any], bad: list[dict[str, Any]]
 ) -> None:
-    """Stop when there is nothing to read, or when too many records are bad."""
+    """Stop when there is nothing to read, or when too many records are bad; warn of any."""
     num_records, num_kept = funnel["in"]["documents"], funnel["kept"]["documents"]
     if num_records == 0:
         where = ", ".join(cfg.corpus.paths) or cfg.corpus.dataset or "this Python installation"
         raise DataError(f"corpus {cfg.corpus.name} is empty: no document in {where}")
+    if num_kept == num_records:
+        return
     share = 1 - num_kept / num_records
+    reasons = {name: drop["documents"] for name, drop in funnel["dropped"].items() if drop["documents"]}
+    counts = ", ".join(
+        f"{name} {count:,}" for name, count in sorted(reasons.items(), key=lambda item: -item[1])
+    )
+    what = f"{num_records - num_kept:,} of {num_records:,} records ({share:.2%}) are bad"
+    listing = folder / "all.jsonl"
     if share > cfg.max_quarantine_share:
-        reasons = {name: drop["documents"] for name, drop in funnel["dropped"].items() if drop["documents"]}
-        counts = ", ".join(
-            f"{name} {count:,}" for name, count in sorted(reasons.items(), key=lambda item: -item[1])
-        )
         first = next((f"; the first: {r['path']}, record {r['record']}: {r['detail']}" for r in bad), "")
         raise DataError(
-            f"{num_records - num_kept:,} of {num_records:,} records ({share:.2%}) are bad, more than "
-            f"max_quarantine_share={cfg.max_quarantine_share:.2%}: {counts}{first}. All are listed in "
-            f"{folder / 'all.jsonl'}; mend them, or raise max_quarantine_share"
+            f"{what}, more than max_quarantine_share={cfg.max_quarantine_share:.2%}: {counts}{first}. "
+            f"All are listed in {listing}; mend them, or raise max_quarantine_share"
         )
+    cut = [name for name in ("truncated_archive", "corrupt_archive", "unreadable_file") if name in reasons]
+    rest = f"; what follows a {' or '.join(cut)} in its file is lost and not counted" if cut else ""
+    log.warning("%s and left out: %s. They are listed in %s%s", what, counts, listing, rest)
 
 
 def write_verdicts(

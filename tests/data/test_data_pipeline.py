@@ -4,6 +4,7 @@ all counted."""
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import random
@@ -289,7 +290,11 @@ def test_a_wrong_look_up_is_counted_and_repaired(
 
 
 def test_bad_records_are_listed_counted_and_stop_the_run_past_their_share(
-    write_jsonl: Write, jsonl_config: Config, texts: list[str], tmp_path: Path
+    write_jsonl: Write,
+    jsonl_config: Config,
+    texts: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     path = write_jsonl(texts)
     lines = path.read_bytes().splitlines()
@@ -307,12 +312,25 @@ def test_bad_records_are_listed_counted_and_stop_the_run_past_their_share(
     manifest = run(replace(cfg, max_quarantine_share=0.1), quiet=True).manifest
     assert dropped(manifest, 0) == {"broken_json": 1, "invalid_utf8": 1, "missing_field": 1}
     (listing,) = (tmp_path / "out/quarantine").rglob("all.jsonl")
+    assert "3 of 123 records (2.44%) are bad and left out: broken_json 1, invalid_utf8 1, " in caplog.text
+    assert caplog.text.rstrip().endswith(f"They are listed in {listing}")
     records = [json.loads(line) for line in listing.read_text().splitlines()]
     assert [(record["record"], record["reason"]) for record in records] == [
         (11, "broken_json"), (12, "missing_field"), (13, "invalid_utf8"),
     ]  # fmt: skip
     with pytest.raises(DataError, match="are bad, more than max_quarantine_share"):
         run(cfg, quiet=True)  # finished verdicts do not hide the share
+
+
+def test_a_cut_archive_is_warned_of(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_jsonl(texts)
+    packed = path.with_name("cut.jsonl.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes())[:-2000])
+    manifest = run(jsonl_config(packed), quiet=True).manifest
+    assert dropped(manifest, 0) == {"truncated_archive": 1}
+    assert "what follows a truncated_archive in its file is lost and not counted" in caplog.text
 
 
 def test_bad_records_may_hold_what_utf8_cannot(
