@@ -88,15 +88,6 @@ class Batches:
         self._next: tuple[int, Future[list[Batch]]] | None = None
         self._thread: threading.Thread | None = None
 
-    @property
-    def num_micro_steps(self) -> int:
-        """Micro batches of this rank in a step."""
-        return self.global_batch_rows // (self.micro_batch_rows * self.dp_size)
-
-    def step_rows(self, position: int) -> npt.NDArray[np.int64]:
-        """Row numbers of the whole step that begins at `position`, of all ranks."""
-        return self._order(np.arange(position, position + self.global_batch_rows))
-
     def micro_batches(self, position: int) -> list[Batch]:
         """This rank's micro batches of the step that begins at row `position`, in their order.
 
@@ -108,16 +99,6 @@ class Batches:
         if self.prefetch:
             self._next = self._read_in_background(position + self.global_batch_rows)
         return batches
-
-    def held_out(self, rows: Rows, *, max_rows: int | None = None) -> Iterator[Batch]:
-        """This rank's part of `rows` for evaluation; see held_out_batches."""
-        return held_out_batches(
-            rows,
-            micro_batch_rows=self.micro_batch_rows,
-            dp_rank=self.dp_rank,
-            dp_size=self.dp_size,
-            max_rows=max_rows,
-        )
 
     def _read(self, position: int) -> list[Batch]:
         per_rank = self.global_batch_rows // self.dp_size

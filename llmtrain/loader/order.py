@@ -56,11 +56,6 @@ def rows_at(
     return rows
 
 
-def row_at(position: int, *, num_rows: int, seed: int, pack_hash: str) -> int:
-    """Return the row of one position."""
-    return int(rows_at(np.array([position]), num_rows=num_rows, seed=seed, pack_hash=pack_hash)[0])
-
-
 def permute(indexes: Uint64, *, num_rows: int, key: int) -> Uint64:
     """Map indexes below `num_rows` one to one onto 0 .. num_rows - 1, by the 64-bit `key`."""
     num_bits = max(MIN_BITS, (num_rows - 1).bit_length())

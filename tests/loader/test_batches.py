@@ -59,7 +59,6 @@ def test_every_layout_reads_the_same_rows_of_each_step(rows: Rows, dp_size: int,
         at = np.arange(position, position + 12)
         expected = rows_at(at, num_rows=rows.num_rows, seed=5, pack_hash=rows.hash)
         assert step_of(rows, position, dp_size=dp_size, micro=micro) == expected.tolist()
-        assert batches_of(rows).step_rows(position).tolist() == expected.tolist()
 
 
 def test_run_that_changes_layout_at_each_restart_sees_each_row_once_an_epoch(rows: Rows) -> None:
@@ -200,12 +199,10 @@ def test_held_out_rows_come_once_over_ranks_with_equal_numbers_of_batches(
         assert int((batch.targets_BS != NO_TARGET).sum()) == batch.num_valid
 
 
-def test_held_out_of_batches_uses_its_own_layout(rows: Rows) -> None:
-    batches = batches_of(rows, dp_rank=1, dp_size=2, micro=3)
+def test_held_out_rows_that_run_out_are_filled_with_masked_ones(rows: Rows) -> None:
     spread = [number * rows.num_rows // 8 for number in range(8)]
-    found = [batch.rows.tolist() for batch in batches.held_out(rows, max_rows=8)]
-    assert found == [spread[3:6], [NO_ROW] * 3]
-    assert batches.num_micro_steps == 2
+    batches = held_out_batches(rows, micro_batch_rows=3, dp_rank=1, dp_size=2, max_rows=8)
+    assert [batch.rows.tolist() for batch in batches] == [spread[3:6], [NO_ROW] * 3]
 
 
 def test_no_thread_is_left_after_close(rows: Rows) -> None:

@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 
 from llmtrain import rng
 from llmtrain.errors import DataError
-from llmtrain.loader.order import MAX_ROWS, permute, row_at, rows_at
+from llmtrain.loader.order import MAX_ROWS, permute, rows_at
 
 HASH = "0123abcd"
+
+
+def row_at(position: int, **order: object) -> int:
+    return int(rows_at(np.array([position]), **order)[0])
 
 
 def test_every_row_comes_once_for_all_sizes_up_to_2000() -> None:
