@@ -64,7 +64,9 @@ def test_lock_of_a_killed_process_blocks_nobody(tmp_path: Path) -> None:
 
 
 def test_forked_worker_that_outlives_a_killed_holder_blocks_nobody(tmp_path: Path) -> None:
-    fork_first = HOLD.replace('print("held"', 'import os; worker = os.fork()\n    print("held", os.getpid()')
+    # os.write: two processes share the pipe, and print may write a line in pieces
+    tell = 'import os; os.fork()\n    os.write(1, b"held %d\\n" % os.getpid())'
+    fork_first = HOLD.replace('print("held", flush=True)', tell)
     holder = subprocess.Popen(
         [sys.executable, "-c", fork_first, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,7 @@ class Launcher:
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    forkserver._forkserver._stop()  # one that other tests have started knows nothing of torch
     slow_to_import = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["llmtrain.train.assemble", *slow_to_import]
