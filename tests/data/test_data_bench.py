@@ -7,6 +7,7 @@ from llmtrain.bench.table import BenchConfig
 from llmtrain.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_data_has_a_row_for_each_pass_and_its_rivals() -> None:
     rows = {row.name: row for row in data.run(BenchConfig(topic="data", scale=0.05))}
     for corpus in ("python_docs", "jsonl"):

@@ -182,6 +182,7 @@ def test_a_shard_that_changed_is_found_at_the_start(launcher: Launcher, tmp_path
     assert str(shard) in text
 
 
+@pytest.mark.slow
 def test_each_job_of_a_multirun_has_its_own_folder(launcher: Launcher, data: Path, tmp_path: Path) -> None:
     arguments = train_arguments(
         data, tmp_path / "sweep", "train.total_tokens=512", "optimizer.peak_lr=0.01,0.001"
