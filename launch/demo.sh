@@ -62,7 +62,7 @@ The demo is done. What it left:
   $run/report.html          open this one in a browser
 
 To try next:
-  llmtrain generate checkpoint=$run prompt="Raises ValueError if" greedy=true
+  llmtrain generate checkpoint=$run prompt="Raises ValueError if" temperature=0
   llmtrain data corpus=text corpus.paths='["docs/*.md"]' out=data/mine tokenizer.vocab_size=512
   launch/single_node.sh +experiment=demo run.name=wider model.d_model=320 model.num_heads=5 model.num_kv_heads=5
 TEXT

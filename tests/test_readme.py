@@ -85,3 +85,21 @@ def test_every_file_that_the_readme_names_is_there() -> None:
     images = re.findall(r'src="([^"]+)"', text)
     for path in [*links, *images]:
         assert (REPOSITORY / path).exists(), f"README.md names {path}"
+
+
+def test_every_command_that_the_demo_suggests_composes() -> None:
+    script = (REPOSITORY / "launch" / "demo.sh").read_text()
+    hints = re.findall(
+        r"^  ((?:llmtrain|launch/single_node\.sh) .*)$", script.split("To try next:")[1], re.MULTILINE
+    )
+    assert len(hints) == 3
+    for hint in hints:
+        command = hint.replace("launch/single_node.sh", "llmtrain train").replace("$run", "runs/demo")
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --cfg job"],
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"$ {command}\n{done.stderr}"

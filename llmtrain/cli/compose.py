@@ -95,11 +95,6 @@ def sweep_folder() -> Path | None:
     return None
 
 
-def task_overrides() -> list[str]:
-    """What the user typed after the verb, as Hydra understood it."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
 def fail(message: str) -> None:
     """Print one line and end the process as a mistake of the user."""
     print(f"error: {message}", file=sys.stderr)

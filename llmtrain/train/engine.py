@@ -140,7 +140,6 @@ class Engine:
         self.rank = dist.get_rank()
         self.dp_size = dist.get_world_size()
         self.zero_stage = parallel.zero_stage
-        self._clip = train.grad_clip
         self.shapes: dict[str, tuple[int, ...]] = {
             name: tuple(getattr(parameter, "ds_shape", parameter.shape))
             for name, parameter in model.named_parameters()
