@@ -20,10 +20,12 @@ import numpy as np
 import pyarrow as pa
 
 from llmtrain.bench.table import BenchConfig, Row
-from llmtrain.data.config import CorpusConfig, DataConfig, EngineConfig, EngineKind, Format
+from llmtrain.data.config import DataConfig
+from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.pipeline import Report
 from llmtrain.data.pipeline import run as prepare
-from llmtrain.data.sources import plan_units, read_unit
+from llmtrain.data.sources.config import CorpusConfig, Format
+from llmtrain.data.sources.read import plan_units, read_unit
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, Tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
 from llmtrain.files import read_json

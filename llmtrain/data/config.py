@@ -7,131 +7,10 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from llmtrain.data.engines.config import EngineConfig
+from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.sources.config import CorpusConfig
 from llmtrain.errors import ConfigError
-
-
-class Format(Enum):
-    """How the text lies on disk."""
-
-    python_docs = "python_docs"
-    """Docstrings, comments and text files of this Python installation."""
-    jsonl = "jsonl"
-    """One JSON object a line; .gz and .zst are read as they are."""
-    parquet = "parquet"
-    text = "text"
-    """Plain text, cut as `text_unit` says; .gz and .zst are read as they are."""
-    datasets = "datasets"
-    """Whatever `datasets.load_dataset` or `load_from_disk` opens."""
-
-
-class TextUnit(Enum):
-    """What one document of a plain text file is."""
-
-    file = "file"
-    block = "block"
-    """Lines between blank lines."""
-    line = "line"
-
-
-class EngineKind(Enum):
-    inline = "inline"
-    """In this process, one unit after another."""
-    local = "local"
-    """Processes on this machine."""
-
-
-@dataclass(kw_only=True)
-class CorpusConfig:
-    """Where the text comes from."""
-
-    name: str
-    """Names the data folder and the manifest."""
-    format: Format
-    paths: list[str] = field(default_factory=list)
-    """Files, folders or globs (`**` goes into folders), in any order; each file counts once. Hidden files in
-    folders, and what a run wrote into `out`, are left out. Not for python_docs and datasets."""
-    text_field: str = "text"
-    """JSON key or column that holds the text: jsonl, parquet, datasets."""
-    source_field: str | None = None
-    """JSON key or column that names a document's source; null: the file's name."""
-    text_unit: TextUnit = TextUnit.file
-    """Only for text."""
-    max_text_bytes: int | None = None
-    """Only for python_docs: files are drawn in hash order until their text reaches this many bytes;
-    null: all."""
-    draw_seed: int = 0
-    """Only for python_docs: another seed draws other files."""
-    max_document_bytes: int = 20_000_000
-    """A longer record goes to the quarantine as `absurd_length`."""
-    dataset: str | None = None
-    """Only for datasets: first argument of load_dataset, or the folder with dataset_on_disk."""
-    dataset_config: str | None = None
-    dataset_split: str | None = "train"
-    dataset_files: list[str] = field(default_factory=list)
-    """data_files of load_dataset, for the builders json, csv, text, parquet."""
-    dataset_on_disk: bool = False
-    """Whether `dataset` is a folder that save_to_disk wrote."""
-
-    def __post_init__(self) -> None:
-        if self.format in (Format.jsonl, Format.parquet, Format.text) and not self.paths:
-            raise ConfigError(
-                f"corpus={self.format.name} needs corpus.paths, as in "
-                f"`llmtrain data corpus={self.format.name} corpus.paths=[texts/*]`"
-            )
-        if self.format in (Format.python_docs, Format.datasets) and self.paths:
-            raise ConfigError(
-                f"corpus.paths has no effect with corpus.format={self.format.name}; leave it out"
-            )
-        if self.format is Format.datasets and self.dataset is None:
-            raise ConfigError(
-                "corpus=datasets needs corpus.dataset: a name on the Hub, a folder, or "
-                "json|csv|text|parquet with corpus.dataset_files"
-            )
-        if self.max_text_bytes is not None and self.format is not Format.python_docs:
-            raise ConfigError(f"corpus.max_text_bytes has no effect with corpus.format={self.format.name}")
-        if self.max_text_bytes is not None and self.max_text_bytes < 1:
-            raise ConfigError(f"corpus.max_text_bytes={self.max_text_bytes} must be at least 1, or null")
-        if self.max_document_bytes < 1:
-            raise ConfigError(f"corpus.max_document_bytes={self.max_document_bytes} must be at least 1")
-
-
-@dataclass(kw_only=True)
-class RulesConfig:
-    """Bounds on a document's signals; null switches one off. A value equal to a bound is kept.
-
-    Lengths: Rae et al. 2021 (Gopher, arXiv:2112.11446), section A.1.1. Repetition: its table A1.
-    Fractions of characters count every character of the document, white space too.
-    """
-
-    min_words: int | None = 50
-    """Words, split on white space."""
-    max_words: int | None = 100_000
-    min_mean_word_length: float | None = 3.0
-    """Characters a word."""
-    max_mean_word_length: float | None = 10.0
-    max_duplicate_line_fraction: float | None = 0.30
-    """Non-empty lines that were there before, over all of them."""
-    max_duplicate_line_char_fraction: float | None = 0.20
-    max_duplicate_paragraph_fraction: float | None = 0.30
-    """Paragraphs (between blank lines) that were there before, over all of them."""
-    max_duplicate_paragraph_char_fraction: float | None = 0.20
-    max_top_2gram_char_fraction: float | None = 0.20
-    """Characters inside the word pair that occurs most often, if it occurs twice."""
-    max_top_3gram_char_fraction: float | None = 0.18
-    max_top_4gram_char_fraction: float | None = 0.16
-    exact_dedup: bool = True
-    """Whether of documents with equal normalised text only the one with the smallest id stays."""
-
-    def __post_init__(self) -> None:
-        for low, high in (("min_words", "max_words"), ("min_mean_word_length", "max_mean_word_length")):
-            at_least, at_most = getattr(self, low), getattr(self, high)
-            if at_least is not None and at_most is not None and at_least > at_most:
-                raise ConfigError(
-                    f"rules.{low}={at_least} is above rules.{high}={at_most}; null switches one off"
-                )
-        for name, value in asdict(self).items():
-            if name.endswith("_fraction") and value is not None and not 0 <= value <= 1:
-                raise ConfigError(f"rules.{name}={value} must lie in 0..1, or be null to switch the rule off")
 
 
 @dataclass(kw_only=True)
@@ -196,27 +75,6 @@ class PackConfig:
     def __post_init__(self) -> None:
         if not self.seq_lens or min(self.seq_lens) < 2 or len(set(self.seq_lens)) < len(self.seq_lens):
             raise ConfigError(f"pack.seq_lens={self.seq_lens} must name different lengths of at least 2")
-
-
-@dataclass(kw_only=True)
-class EngineConfig:
-    """How the work is spread. Nothing here changes a byte of the output."""
-
-    kind: EngineKind = EngineKind.local
-    workers: int | None = None
-    """Processes; null: one for each core that this process may use."""
-    unit_bytes: int = 16 << 20
-    """Input bytes a work unit of the scan."""
-    max_worker_deaths: int = 3
-    """How often dead workers are replaced and their units done again before the run gives up."""
-
-    def __post_init__(self) -> None:
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"engine.workers={self.workers} must be at least 1, or null for one a core")
-        if self.unit_bytes < 1:
-            raise ConfigError(f"engine.unit_bytes={self.unit_bytes} must be at least 1")
-        if self.max_worker_deaths < 0:
-            raise ConfigError(f"engine.max_worker_deaths={self.max_worker_deaths} must be at least 0")
 
 
 @dataclass(kw_only=True)

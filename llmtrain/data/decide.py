@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain import rng
-from llmtrain.data.config import HeldOutConfig, RulesConfig
+from llmtrain.data.config import HeldOutConfig
 from llmtrain.data.dedup.exact import halves, survivors
+from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.filters.gopher import SETTING_OF_REASON, Columns, dropped_by
 from llmtrain.errors import DataError
 

@@ -25,10 +25,9 @@ import numpy as np
 import pyarrow as pa
 import zstandard
 
-from llmtrain.data import kernels, python_docs
-from llmtrain.data.config import CorpusConfig, DataConfig, TokenizerConfig
+from llmtrain.data.config import DataConfig, TokenizerConfig
 from llmtrain.data.decide import DECIDE_VERSION, split_order
-from llmtrain.data.engine import Engine, make_engine
+from llmtrain.data.engines.engine import Engine, make_engine
 from llmtrain.data.folder import read_done, remove_leftovers, write_done
 from llmtrain.data.manifest import (
     FORMAT_VERSION,
@@ -41,7 +40,10 @@ from llmtrain.data.manifest import (
 from llmtrain.data.pack import plan_rows, write_pack
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
-from llmtrain.data.sources import Plan, Unit, plan_units
+from llmtrain.data.sources import python_docs
+from llmtrain.data.sources.config import CorpusConfig
+from llmtrain.data.sources.read import Plan, Unit, plan_units
+from llmtrain.data.text import kernels
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, texts_of, tokenize_shard
 from llmtrain.data.tokenizer import words
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, MODEL_NAME, Tokenizer

@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from llmtrain.data.config import CorpusConfig
 from llmtrain.data.document import BadRecord, Document, utf8
 from llmtrain.data.folder import read_done, write_done
-from llmtrain.data.kernels import SIGNALS
-from llmtrain.data.signals import measure_batch
-from llmtrain.data.sources import Slice, Unit, read_unit
+from llmtrain.data.sources.config import CorpusConfig
+from llmtrain.data.sources.read import Slice, Unit, read_unit
+from llmtrain.data.text.kernels import SIGNALS
+from llmtrain.data.text.signals import measure_batch
 from llmtrain.files import atomic_write
 
 SCAN_VERSION = 2

@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmtrain.data.config import (
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    Format,
-    PackConfig,
-    TokenizerConfig,
-)
+from llmtrain.data.config import DataConfig, PackConfig, TokenizerConfig
+from llmtrain.data.engines.config import EngineConfig, EngineKind
+from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.tokenizer.tokenizer import MODEL_NAME, Tokenizer
 from llmtrain.data.tokenizer.train import train_tokenizer
 

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.config import HeldOutConfig, RulesConfig
+from llmtrain.data.config import HeldOutConfig
 from llmtrain.data.decide import KEPT, Verdicts, decide
 from llmtrain.data.dedup.exact import survivors
+from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.filters.gopher import SETTING_OF_REASON
-from llmtrain.data.kernels import SIGNALS
+from llmtrain.data.text.kernels import SIGNALS
 from llmtrain.errors import ConfigError, DataError
 
 NO_RULES = RulesConfig(**{field.name: None for field in fields(RulesConfig) if field.name != "exact_dedup"})

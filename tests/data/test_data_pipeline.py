@@ -21,23 +21,16 @@ import pytest
 import sentencepiece
 import zstandard
 
-from llmtrain.data import pipeline, python_docs, tokenize
-from llmtrain.data.config import (
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    Format,
-    HeldOutConfig,
-    PackConfig,
-    RulesConfig,
-    ShardsConfig,
-    TokenizerConfig,
-)
+from llmtrain.data import pipeline, tokenize
+from llmtrain.data.config import DataConfig, HeldOutConfig, PackConfig, ShardsConfig, TokenizerConfig
 from llmtrain.data.document import normalize
+from llmtrain.data.engines.config import EngineConfig, EngineKind
+from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.manifest import Manifest, read_manifest, verify
 from llmtrain.data.pipeline import run
 from llmtrain.data.shards import ShardReader
+from llmtrain.data.sources import python_docs
+from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
 from llmtrain.data.verdicts import check_closes
@@ -435,6 +428,8 @@ def test_a_full_disk_is_named_with_its_bytes(
 KILLED = """
 import sys
 from llmtrain.data.config import *
+from llmtrain.data.engines.config import *
+from llmtrain.data.sources.config import *
 from llmtrain.data.pipeline import run
 
 if __name__ == "__main__":

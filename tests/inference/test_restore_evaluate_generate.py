@@ -24,18 +24,11 @@ from omegaconf import OmegaConf
 from llmtrain.cli.evaluate import EvaluateRoot, compressed_sizes, evaluate
 from llmtrain.cli.generate import GenerateRoot, generate_text, stream_text, with_prompt_quoted
 from llmtrain.cli.restore import Precision, load_transformer
-from llmtrain.data.config import (
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    EngineKind,
-    Format,
-    HeldOutConfig,
-    PackConfig,
-    TokenizerConfig,
-)
+from llmtrain.data.config import DataConfig, HeldOutConfig, PackConfig, TokenizerConfig
+from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.pipeline import run as run_data
+from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.model.config import ModelConfig

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.config import RulesConfig
+from llmtrain.data.filters.config import RulesConfig
 
 Columns = Mapping[str, npt.NDArray[np.int64]]
 Mask = npt.NDArray[np.bool_]

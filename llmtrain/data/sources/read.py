@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from llmtrain.data import python_docs
-from llmtrain.data.config import CorpusConfig, Format, TextUnit
 from llmtrain.data.document import BadRecord, Document, utf8
 from llmtrain.data.folder import is_output
+from llmtrain.data.sources import python_docs
+from llmtrain.data.sources.config import CorpusConfig, Format, TextUnit
 from llmtrain.errors import DataError
 
 READ_BYTES = 1 << 20

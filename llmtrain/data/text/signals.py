@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llmtrain.data import kernels
+from llmtrain.data.text import kernels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from llmtrain.data.document import utf8
-from llmtrain.data.kernels import compiled
+from llmtrain.data.text.kernels import compiled
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 STDLIB_SOURCE = "python"

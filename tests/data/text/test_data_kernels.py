@@ -15,10 +15,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data import python_docs
 from llmtrain.data.document import normalize
-from llmtrain.data.kernels import SIGNALS
-from llmtrain.data.signals import measure_batch
+from llmtrain.data.sources import python_docs
+from llmtrain.data.text.kernels import SIGNALS
+from llmtrain.data.text.signals import measure_batch
 
 SPACES = "\n\n\t  \r\x85\u00a0\u2003\u2028\u3000\u205f\u1680"
 ALPHABET = f"{SPACES}ab B.\x00\x0b\x0c\x1f\x7f\ufeffé\u0301e日😀\u2581\u0300"

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.data.config import EngineConfig, EngineKind
-from llmtrain.data.engine import Inline, Local, make_engine, num_usable_cores
+from llmtrain.data.engines.config import EngineConfig, EngineKind
+from llmtrain.data.engines.engine import Inline, Local, make_engine, num_usable_cores
 from llmtrain.errors import ConfigError
 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from llmtrain.data.engine import Local
+from llmtrain.data.engines.engine import Local
 from llmtrain.errors import DataError
 
 def double(number):

@@ -17,7 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import Protocol, TypeVar
 
-from llmtrain.data.config import EngineConfig, EngineKind
+from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.errors import DataError
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from llmtrain.data import sources
-from llmtrain.data.config import CorpusConfig, Format, TextUnit
 from llmtrain.data.document import BAD_REASONS, BadRecord, Document
-from llmtrain.data.sources import plan_units, read_unit
+from llmtrain.data.sources import read as sources
+from llmtrain.data.sources.config import CorpusConfig, Format, TextUnit
+from llmtrain.data.sources.read import plan_units, read_unit
 from llmtrain.errors import ConfigError, DataError
 
 Found = list[tuple[str, int, int, bytes | str]]

@@ -1,0 +1,1 @@
+"""Who runs work units: this process, processes on this machine, or a cluster."""
