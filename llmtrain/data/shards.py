@@ -224,11 +224,15 @@ class ShardReader:
 
     def document(self, number: int) -> TokenIds:
         """All tokens of document `number`, EOS included."""
-        return self.tokens(int(self._starts[number]), int(self.doc_lengths[number]))
+        return self.tokens(self.document_start(number), int(self.doc_lengths[number]))
 
     def document_at(self, token: int) -> int:
         """Number of the document that holds token number `token`."""
         return int(np.searchsorted(self._starts, token, side="right")) - 1
+
+    def document_start(self, number: int) -> int:
+        """Number of the first token of document `number`."""
+        return int(self._starts[number])
 
     def lineage(self, number: int) -> Lineage:
         """Where document `number` came from; reads `<prefix>.docs.parquet` at the first call."""
