@@ -1,112 +1,100 @@
-"""Who runs work units: this process, or processes on this machine.
+"""Who runs work units: this process, processes on this machine, or a Dask cluster.
 
-A unit function reads and writes named files and returns counts, so losing a process loses nothing but
-its unfinished units. Functions and units are pickled; results come back in the order of the units.
+A unit function reads and writes named files and returns counts, so losing a worker, or the scheduler of a
+cluster, loses nothing but unfinished units. Functions live at the top of a module, units can be pickled, and
+results come back in the order of the units.
 """
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
-from typing import Protocol, TypeVar
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
 
 from llmtrain.data.engines.config import EngineConfig, EngineKind
-from llmtrain.errors import DataError
-
-log = logging.getLogger(__name__)
+from llmtrain.data.engines.local import Local
+from llmtrain.data.engines.unit import peak_bytes
+from llmtrain.errors import ConfigError
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
 
-UNITS_AHEAD = 4
-"""Units handed out for each worker, finished or not, before the oldest result is taken."""
-
 
 class Engine(Protocol):
+    """`with make_engine(cfg) as engine: engine.map(...)`."""
+
     def map(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
-        """Yield function(unit) of each unit, in order."""
+        """Yield function(unit) of each unit, in order. What the function raises is raised here, at once."""
         ...
 
+    def share(self, folder: Path) -> None:
+        """Check that workers can read and write `folder`, before there is much to lose."""
+        ...
 
-class Inline:
+    def peak_worker_bytes(self) -> int:
+        """The most memory that one worker had resident, of those that gave a result so far."""
+        ...
+
+    def close(self) -> None:
+        """Let the workers go."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Inline(AbstractContextManager["Inline"]):
     """One unit after another in this process."""
 
     def map(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
         for unit in units:
             yield function(unit)
 
+    def share(self, folder: Path) -> None:
+        """Nothing to check: this process is the worker."""
 
-class Local:
-    """Processes on this machine. A worker that dies is replaced, and what it and its neighbours had is
-    done again."""
+    def peak_worker_bytes(self) -> int:
+        return peak_bytes()
 
-    def __init__(self, workers: int, *, max_worker_deaths: int) -> None:
-        self.workers = workers
-        self.max_worker_deaths = max_worker_deaths
+    def close(self) -> None:
+        """Nobody to let go."""
 
-    def map(self, function: Callable[[Unit], Result], units: Sequence[Unit]) -> Iterator[Result]:
-        deaths = 0
-        first = 0  # units before it are done
-        while first < len(units):
-            with self._pool(len(units) - first) as pool:
-                waiting: deque[Future[Result]] = deque()
-                submitted = first
-                try:
-                    while first < len(units):
-                        while submitted < len(units) and len(waiting) < UNITS_AHEAD * self.workers:
-                            waiting.append(pool.submit(function, units[submitted]))
-                            submitted += 1
-                        result = waiting.popleft().result()
-                        first += 1
-                        yield result
-                except BrokenProcessPool as error:
-                    deaths += 1
-                    if deaths > self.max_worker_deaths:
-                        raise DataError(
-                            f"a worker died {deaths} times, last in units {first}..{submitted - 1} of "
-                            f"{len(units)}; memory is the usual reason: lower engine.workers={self.workers} "
-                            "or engine.unit_bytes, or see what ends them with engine.kind=inline"
-                        ) from error
-                    log.warning("a worker died; units from %d on are done again (death %d)", first, deaths)
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-
-    def _pool(self, num_units: int) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["llmtrain.data.scan", "llmtrain.data.tokenize"])
-        return ProcessPoolExecutor(
-            max_workers=min(self.workers, num_units), mp_context=context, initializer=_die_with_parent
-        )
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def make_engine(cfg: EngineConfig) -> Engine:
-    """The engine that the settings name."""
-    if cfg.kind is EngineKind.inline:
-        return Inline()
-    return Local(cfg.workers or num_usable_cores(), max_worker_deaths=cfg.max_worker_deaths)
+    """The engine that the settings name.
+
+    Raises:
+        ConfigError: a Dask engine without the packages for it, or without `sbatch`. LaunchError: no scheduler
+        answers.
+    """
+    match cfg.kind:
+        case EngineKind.inline:
+            return Inline()
+        case EngineKind.local:
+            return Local(cfg.workers or num_usable_cores(), max_worker_deaths=cfg.max_worker_deaths)
+    try:
+        from llmtrain.data.engines.dask import Dask, Running  # noqa: PLC0415 - optional, and slow to load
+        from llmtrain.data.engines.slurm import SlurmJobs  # noqa: PLC0415 - as above
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"engine.kind={cfg.kind.name} needs the package {error.name}; install what clusters need with "
+            "`pip install llmtrain[cluster]`, here and where the workers run"
+        ) from error
+    if cfg.kind is EngineKind.dask_slurm:
+        return Dask(SlurmJobs(cfg.slurm, cfg.dask), cfg.dask)
+    return Dask(Running(cfg.dask), cfg.dask)
 
 
 def num_usable_cores() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _die_with_parent() -> None:
-    """End this worker when the process that wanted its results is gone, even by SIGKILL."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    sentinel = parent.sentinel
-
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
