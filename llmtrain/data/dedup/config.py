@@ -75,6 +75,11 @@ class NearConfig:
                 f"dedup.near.bands*rows={self.bands}*{self.rows}={self.bands * self.rows} must not exceed "
                 f"dedup.near.num_permutations={self.num_permutations}"
             )
+        if self.num_permutations > 65_535:
+            raise ConfigError(
+                f"dedup.near.num_permutations={self.num_permutations} must be at most 65535; "
+                "112 to 256 are usual"
+            )
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"dedup.near.threshold={self.threshold} must lie above 0 and up to 1")
         if self.margin_standard_errors < 0 or self.sample_pairs < 0:
@@ -96,46 +101,62 @@ class NearConfig:
 
     @property
     def margin(self) -> float:
-        """Half the width, in similarity, of the stripe around the threshold that texts decide."""
-        return self.margin_standard_errors * math.sqrt(
-            self.threshold * (1 - self.threshold) / self.num_permutations
-        )
+        """Half the width, in similarity, of the stripe around the threshold that texts decide. At least one
+        place of the signature, so that agreeing in all of them is no proof of a similarity of 1."""
+        error = math.sqrt(self.threshold * (1 - self.threshold) / self.num_permutations)
+        return max(self.margin_standard_errors * error, 1 / self.num_permutations)
 
 
 @dataclass(kw_only=True)
 class LineConfig:
-    """Lines or paragraphs that other documents have too; the first copies, by document id, stay."""
+    """Lines or paragraphs that are in the corpus more than once: one copy stays, the first of the document
+    that the survivor key likes best. Equal are those whose texts are, stripped and lower-cased."""
 
     enabled: bool = False
     unit: LineUnit = LineUnit.line
+    """What CCNet (arXiv:1911.00359) and Dolma (arXiv:2402.00159) call a paragraph is a line here."""
     min_chars: int = 30
-    """Shorter ones are never removed: list items, headings, code."""
-    max_copies: int = 1
-    """Copies that stay in the whole corpus."""
+    """Characters, stripped; shorter ones are never removed: list items, headings, a closing brace. Assumed,
+    not measured."""
+    max_removed_share: float | None = 0.8
+    """A document that loses more of its bytes than this is dropped whole. Assumed, not measured. null: none
+    is."""
 
     def __post_init__(self) -> None:
-        if self.min_chars < 1 or self.max_copies < 1:
+        if self.min_chars < 1:
+            raise ConfigError(f"dedup.lines.min_chars={self.min_chars} must be at least 1")
+        if self.max_removed_share is not None and not 0 <= self.max_removed_share <= 1:
             raise ConfigError(
-                f"dedup.lines.min_chars={self.min_chars} and dedup.lines.max_copies={self.max_copies} "
-                "must be at least 1"
+                f"dedup.lines.max_removed_share={self.max_removed_share} must lie in 0..1, or be null to "
+                "drop none"
             )
 
 
 @dataclass(kw_only=True)
 class NgramConfig:
-    """Documents that are made of n-grams which other documents have too, exactly and without a Bloom filter.
-    Defaults: DCLM (arXiv:2406.11794, appendix on BFF), 13 words and a share of 0.8."""
+    """Documents made of word n-grams that better documents have too: what DCLM's BFF (Li et al. 2024,
+    arXiv:2406.11794, appendix; dclm@77e7bf5 dedup/bff) finds with a Bloom filter, here exactly.
+
+    Takes 8 bytes on disk for each word scanned, and 16 more for each word of a living document while the
+    stage runs."""
 
     enabled: bool = False
     num_words: int = 13
+    """Words an n-gram; documents with fewer are left alone. 13: DCLM."""
     max_share: float = 0.8
-    """A document is dropped when more of its n-grams than this occur in documents before it."""
+    """A document is dropped when more of its different n-grams than this are owned by better ones. 0.8:
+    DCLM."""
+    keep_one_in: int = 1
+    """Look at about one n-gram in so many, chosen by its hash, the same ones in every document: less disk
+    and time, and shares with a standard error of sqrt(0.16 * keep_one_in / words) at 0.8. 1: all of them."""
 
     def __post_init__(self) -> None:
         if self.num_words < 1:
             raise ConfigError(f"dedup.ngrams.num_words={self.num_words} must be at least 1")
         if not 0 <= self.max_share <= 1:
             raise ConfigError(f"dedup.ngrams.max_share={self.max_share} must lie in 0..1")
+        if self.keep_one_in < 1:
+            raise ConfigError(f"dedup.ngrams.keep_one_in={self.keep_one_in} must be at least 1; 1 keeps all")
 
 
 @dataclass(kw_only=True)

@@ -220,17 +220,20 @@ class KeyRange:
         )
 
 
-def key_ranges(paths: Sequence[Path], number: int, max_records: int) -> Iterator[KeyRange]:
-    """Partition `number` of all files as ranges of at most `max_records` records, in order of the keys.
+def key_ranges(
+    paths: Sequence[Path], number: int, max_records: int, *, num_partitions: int = 1
+) -> Iterator[KeyRange]:
+    """Partition `number`, or `num_partitions` of them from there on, of all files as ranges of at most
+    `max_records` records, in order of the keys.
 
     All records of one key are in one range. Only a range of a single key can hold more than `max_records`;
     read that one with `blocks`.
     """
     files = [PartitionFile.open(path) for path in paths]
     stretches = tuple(
-        (file, int(file.offsets[number]), int(file.offsets[number + 1]))
+        (file, int(file.offsets[number]), int(file.offsets[number + num_partitions]))
         for file in files
-        if file.offsets[number] < file.offsets[number + 1]
+        if file.offsets[number] < file.offsets[number + num_partitions]
     )
     waiting = [KeyRange(0, 2**64 - 1, stretches)]
     while waiting:

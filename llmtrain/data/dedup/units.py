@@ -6,17 +6,19 @@ stretches and never mapped whole, so the memory of a task does not grow with the
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llmtrain.errors import DataError
-from llmtrain.files import read_json, write_json
+from llmtrain.files import atomic_write, read_json, write_json
 
 Records = npt.NDArray[np.void]
 Ints = npt.NDArray[np.int64]
@@ -116,8 +118,8 @@ class Table:
     data_start: int
 
     @staticmethod
-    def open(path: Path, num_rows: int) -> Table:
-        """Raises DataError when the file is no .npy, or does not hold `num_rows` rows."""
+    def open(path: Path, num_rows: int | None) -> Table:
+        """Raises DataError when the file is no .npy, was cut, or has not `num_rows` rows (None: any)."""
         try:
             with open(path, "rb") as handle:
                 version = np.lib.format.read_magic(handle)
@@ -132,10 +134,10 @@ class Table:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read as a table ({error}); delete it and run again") from error
         wanted = dtype.itemsize * int(np.prod(shape))
-        if is_fortran or shape[0] != num_rows or num_bytes != wanted:
+        if is_fortran or num_rows not in (None, shape[0]) or num_bytes != wanted:
             raise DataError(
-                f"{path} holds {num_bytes} bytes and says shape {shape}; expected {num_rows} rows, "
-                f"{wanted} bytes; delete it and run again"
+                f"{path} holds {num_bytes} bytes of rows and says shape {shape}, which is {wanted} bytes; "
+                f"expected {num_rows or 'any'} rows; delete it and run again"
             )
         return Table(path, dtype, shape, data_start)
 
@@ -175,6 +177,46 @@ class Table:
                 read = handle.read((int(rows[to - 1]) + 1 - first) * self.row_bytes)
                 block = np.frombuffer(read, dtype=self.dtype).reshape(-1, *self.shape[1:])
                 out[at:to] = block[rows[at:to] - first]
+
+
+class RowWriter:
+    """Writes an .npy file of rows block by block. It appears when the `with` block ends without an error."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.num_rows = 0
+        self._context = atomic_write(path)
+
+    def _header(self) -> bytes:
+        header = io.BytesIO()
+        described = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype),
+            "fortran_order": False,
+            "shape": (self.num_rows,),
+        }
+        np.lib.format.write_array_header_1_0(header, described)  # leaves room for a count of 20 digits
+        return header.getvalue()
+
+    def __enter__(self) -> RowWriter:
+        self._handle: IO[Any] = self._context.__enter__()
+        self._num_header = self._handle.write(self._header())
+        return self
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        assert rows.dtype == self.dtype, f"rows of {rows.dtype}, not of {self.dtype}"
+        self.num_rows += len(rows)
+        self._handle.write(np.ascontiguousarray(rows).data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            header = self._header()
+            assert len(header) == self._num_header, "the header has room for the count"
+            self._handle.seek(0)
+            self._handle.write(header)
+        self._context.__exit__(kind, error, trace)
 
 
 def _by_unit(units: Sequence[DedupUnit], documents: Ints) -> Iterator[tuple[DedupUnit, slice]]:
