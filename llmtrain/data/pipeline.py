@@ -42,7 +42,8 @@ from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
 from llmtrain.data.sources import python_docs
 from llmtrain.data.sources.config import CorpusConfig
-from llmtrain.data.sources.read import Plan, Unit, plan_units
+from llmtrain.data.sources.read import plan_units
+from llmtrain.data.sources.slices import Plan, Unit
 from llmtrain.data.text import kernels
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, texts_of, tokenize_shard
 from llmtrain.data.tokenizer import words

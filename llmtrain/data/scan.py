@@ -20,7 +20,8 @@ import xxhash
 from llmtrain.data.document import BadRecord, Document, utf8
 from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.sources.config import CorpusConfig
-from llmtrain.data.sources.read import Slice, Unit, read_unit
+from llmtrain.data.sources.read import read_unit
+from llmtrain.data.sources.slices import Slice, Unit
 from llmtrain.data.text.kernels import SIGNALS
 from llmtrain.data.text.signals import measure_batch
 from llmtrain.files import atomic_write

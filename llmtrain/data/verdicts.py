@@ -24,7 +24,7 @@ from llmtrain.data.config import DataConfig
 from llmtrain.data.decide import KEPT, Verdicts, decide
 from llmtrain.data.folder import write_done
 from llmtrain.data.scan import unit_files
-from llmtrain.data.sources.read import Unit
+from llmtrain.data.sources.slices import Unit
 from llmtrain.data.text.kernels import SIGNALS
 from llmtrain.errors import DataError
 from llmtrain.files import atomic_write

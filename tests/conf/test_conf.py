@@ -27,6 +27,7 @@ NEEDED_BY_OPTION = {
     ("corpus", "jsonl"): ["corpus.paths=[texts/*.jsonl]"],
     ("corpus", "parquet"): ["corpus.paths=[texts/*.parquet]"],
     ("corpus", "text"): ["corpus.paths=[texts/*.txt]"],
+    ("corpus", "warc"): ["corpus.paths=[crawl/*.warc.gz]"],
     ("corpus", "datasets"): ["corpus.dataset=some/set"],
 }
 

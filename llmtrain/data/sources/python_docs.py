@@ -23,6 +23,7 @@ import numpy.typing as npt
 import xxhash
 
 from llmtrain.data.document import utf8
+from llmtrain.data.sources.files import version_of_stat
 from llmtrain.data.text.kernels import compiled
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
@@ -39,8 +40,8 @@ class InstalledFile:
     """`<root>/<path inside it>`: equal on every machine with the same packages."""
     source: str
     num_bytes: int
-    changed_ns: int
-    """Time of the last change."""
+    version: str
+    """Its state when it was listed."""
 
 
 def installed_files() -> list[InstalledFile]:
@@ -72,7 +73,7 @@ def _walk(root: str, *, is_stdlib: bool) -> Iterator[InstalledFile]:
             source = STDLIB_SOURCE if is_stdlib else name.removesuffix(".py") if inside == "." else package
             place = "python" if is_stdlib else "site-packages"
             full_name = f"{place}/{name}" if inside == "." else f"{place}/{inside}/{name}"
-            yield InstalledFile(path, utf8(full_name), utf8(source), stat.st_size, stat.st_mtime_ns)
+            yield InstalledFile(path, utf8(full_name), utf8(source), stat.st_size, version_of_stat(stat))
 
 
 def extract(sources: list[bytes]) -> list[bytes]:

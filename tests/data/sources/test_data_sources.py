@@ -3,7 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from llmtrain.data.document import BAD_REASONS, BadRecord, Document
-from llmtrain.data.sources import read as sources
+from llmtrain.data.sources import files, streams
 from llmtrain.data.sources.config import CorpusConfig, Format, TextUnit
 from llmtrain.data.sources.read import plan_units, read_unit
 from llmtrain.errors import ConfigError, DataError
@@ -67,7 +67,8 @@ def test_cutting_a_file_elsewhere_gives_the_same_records(tmp_path: Path, unit_by
 def test_compression_and_read_size_change_no_record(
     tmp_path: Path, suffix: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "READ_BYTES", block_bytes)
+    monkeypatch.setattr(streams, "READ_BYTES", block_bytes)
+    monkeypatch.setattr(streams, "COMPRESSED_READ_BYTES", block_bytes)
     half = len(JSONL) // 2
     if suffix == ".gz":  # two members back to back
         packed = gzip.compress(JSONL[:half]) + gzip.compress(JSONL[half:])
@@ -142,16 +143,16 @@ def test_a_long_line_is_not_read_again_by_every_slice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     num_read = 0
-    blocks = sources._blocks
+    read_block = streams.SliceBytes.read
 
-    def counted(path: str, start: int) -> Iterator[bytes]:
+    def counted(raw: streams.SliceBytes) -> bytes:
         nonlocal num_read
-        for block in blocks(path, start):
-            num_read += len(block)
-            yield block
+        block = read_block(raw)
+        num_read += len(block)
+        return block
 
-    monkeypatch.setattr(sources, "_blocks", counted)
-    monkeypatch.setattr(sources, "READ_BYTES", 50)
+    monkeypatch.setattr(streams.SliceBytes, "read", counted)
+    monkeypatch.setattr(streams, "READ_BYTES", 50)
     (tmp_path / "a.txt").write_bytes(b"x" * 10_000 + b"\nlast")
     cfg = config(Format.text, tmp_path / "a.txt", text_unit=TextUnit.line)
     assert texts_of(read(cfg, unit_bytes=50)) == [b"x" * 10_000, b"last"]
@@ -212,7 +213,7 @@ def test_names_that_are_not_utf8_are_spelled_out(tmp_path: Path) -> None:
         (unit,) = plan_units(cfg, 1 << 20).units
         ((piece, records),) = read_unit(unit, cfg)
         assert piece.name == f"{folder}/b\\xff{number}".replace("\\xff", "\\udcff")
-        expected = ["\\ud800", "['a']"] if format_ is Format.jsonl else ["\\xffb", "ok"]
+        expected = ["\\ud800", '["a"]'] if format_ is Format.jsonl else ["\\xffb", "ok"]
         assert [record.source for record in records if isinstance(record, Document)] == expected
         path.unlink()
 
@@ -263,21 +264,11 @@ def test_a_file_that_is_no_parquet_is_one_bad_record(tmp_path: Path) -> None:
     assert texts_of(read(config(Format.parquet, tmp_path / "a.parquet"))) == ["corrupt_archive"]
 
 
-def test_a_file_that_vanishes_is_one_bad_record(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(JSONL)
-    cfg = config(Format.jsonl, path)
-    (unit,) = plan_units(cfg, 1 << 20).units
-    path.unlink()
-    ((_, records),) = read_unit(unit, cfg)
-    assert [record.reason for record in records if isinstance(record, BadRecord)] == ["unreadable_file"]
-
-
 def test_globs_and_folders_name_each_file_once(tmp_path: Path) -> None:
     (tmp_path / "in/deep").mkdir(parents=True)
     for name in ("b.txt", "a.txt", "in/deep/c.txt"):
         (tmp_path / name).write_text(name)
-    found = sources.find_files([str(tmp_path / "*.txt"), str(tmp_path), str(tmp_path / "**/c.txt")])
+    found = files.find_files([str(tmp_path / "*.txt"), str(tmp_path), str(tmp_path / "**/c.txt")])
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.txt", "b.txt", "in/deep/c.txt"]
 
 
@@ -285,8 +276,8 @@ def test_a_file_counts_once_whatever_its_names_are(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     Path("b[1].txt").touch()
     Path("a.txt").symlink_to("b[1].txt")
-    assert sources.find_files(["b[1].txt", str(tmp_path / "b*"), "./a.txt"]) == [tmp_path / "b[1].txt"]
-    assert sources.find_files(["b[1].txt", "./a.txt"]) == [Path("a.txt")]
+    assert files.find_files(["b[1].txt", str(tmp_path / "b*"), "./a.txt"]) == [tmp_path / "b[1].txt"]
+    assert files.find_files(["b[1].txt", "./a.txt"]) == [Path("a.txt")]
 
 
 def test_hidden_files_and_our_own_are_no_input(tmp_path: Path) -> None:
@@ -295,16 +286,16 @@ def test_hidden_files_and_our_own_are_no_input(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "out/text.txt").touch()
     for pattern in (str(tmp_path), str(tmp_path / "**")):
-        found = sources.find_files([pattern], out=tmp_path / "out")
+        found = files.find_files([pattern], out=tmp_path / "out")
         assert found == [tmp_path / "in/a.txt", tmp_path / "out/text.txt"]
 
 
 def test_a_path_that_matches_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"corpus.paths: '.*none\*.jsonl' matches no file \(looked from /"):
-        sources.find_files([str(tmp_path / "none*.jsonl")])
+        files.find_files([str(tmp_path / "none*.jsonl")])
     with pytest.raises(DataError, match=r"empty' is a folder without files"):
-        sources.find_files([str(tmp_path / "empty")])
+        files.find_files([str(tmp_path / "empty")])
 
 
 @pytest.mark.filterwarnings("ignore")  # the library warns about its own dependencies
@@ -359,6 +350,18 @@ def test_data_sets_are_built_from_local_files(tmp_path: Path, monkeypatch: pytes
         (
             {"format": Format.python_docs, "max_document_bytes": 0},
             "corpus.max_document_bytes=0 must be at least 1",
+        ),
+        (
+            {"format": Format.python_docs, "max_expansion": 0.5},
+            "corpus.max_expansion=0.5 must be at least 1",
+        ),
+        (
+            {"format": Format.warc, "paths": ["a"], "url_field": "url"},
+            "corpus.url_field has no effect with corpus.format=warc; leave it out",
+        ),
+        (
+            {"format": Format.jsonl, "paths": ["a"], "streaming": True},
+            "corpus.streaming=true is for corpus.format=datasets",
         ),
     ],
 )
