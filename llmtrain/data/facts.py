@@ -52,12 +52,15 @@ class Scale(Enum):
 
     fraction = "fraction"
     """Of 0 to 1: exactly 0, then hundredths, each with its upper end."""
+    count = "count"
+    """Whole numbers: each to 20 by itself, then 20 bins a factor of ten, to 1e12."""
     amount = "amount"
     """Positive numbers of any size: exactly 0, then 20 bins a factor of ten from 0.001 to 1e12."""
 
 
-EDGES = {
+_EDGES = {
     Scale.fraction: np.arange(101) / 100,
+    Scale.count: np.append(np.arange(21), np.round(10.0 ** (np.arange(27, 241) / 20))) + 0.5,
     Scale.amount: 10.0 ** (np.arange(-60, 241) / 20),
 }
 
@@ -89,6 +92,23 @@ class Measure:
     thresholds: tuple[Threshold, ...] = ()
 
 
+def edges_of(measure: Measure) -> npt.NDArray[np.float64]:
+    """The bins of a measure: those of its scale, the nearest edge moved to each threshold.
+
+    So no bin holds documents of both sides. Bins hold their upper edge, as a document at a bound "at most" is
+    kept; for a bound "at least" the edge is the number just under it.
+    """
+    edges = np.array(_EDGES[measure.scale], dtype=np.float64)
+    for bound in measure.thresholds:
+        if measure.scale is Scale.count:
+            cut = math.ceil(bound.value) - 0.5 if bound.drops == "below" else math.floor(bound.value) + 0.5
+        else:
+            cut = float(np.nextafter(bound.value, -np.inf)) if bound.drops == "below" else bound.value
+        if edges[0] < cut < edges[-1]:
+            edges[1 + np.argmin(np.abs(edges[1:-1] - cut))] = cut
+    return edges
+
+
 @dataclass(kw_only=True)
 class Histogram:
     """Documents by value: [kept or dropped, bin].
@@ -96,14 +116,16 @@ class Histogram:
     Bins: below 0, exactly 0, each interval, above, undefined.
     """
 
+    edges: npt.NDArray[np.float64]
     counts: Ints
 
     @classmethod
-    def empty(cls, scale: Scale) -> Histogram:
-        return cls(counts=np.zeros((2, len(EDGES[scale]) + 3), dtype=np.int64))
+    def empty(cls, measure: Measure) -> Histogram:
+        edges = edges_of(measure)
+        return cls(edges=edges, counts=np.zeros((2, len(edges) + 3), dtype=np.int64))
 
-    def add(self, values: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_], scale: Scale) -> None:
-        edges = EDGES[scale]
+    def add(self, values: npt.NDArray[np.float64], is_kept: npt.NDArray[np.bool_]) -> None:
+        edges = self.edges
         # An interval holds its upper edge, as a document at the bound of a rule "at most" is kept.
         bins = np.searchsorted(edges, values, side="left") + 1
         bins[(bins == 1) & (values > 0)] = 2  # positive, under the first edge: the first interval
@@ -113,9 +135,9 @@ class Histogram:
         for row, mask in enumerate((is_kept, ~is_kept)):
             self.counts[row] += np.bincount(bins[mask], minlength=self.counts.shape[1])
 
-    def as_json(self, scale: Scale) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """Without the empty bins at both ends. `edges` has one more value than `kept` and `dropped`."""
-        edges, inside = EDGES[scale], self.counts[:, 2:-2]
+        edges, inside = self.edges, self.counts[:, 2:-2]
         used = np.flatnonzero(inside.any(axis=0))
         first, last = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
         shown: dict[str, Any] = {
@@ -262,7 +284,7 @@ class FactsBuilder:
         self.reasons = list(reasons)
         self.measures = list(measures)
         self.duplicate_reasons = [name for name in self.reasons if name in set(duplicate_reasons)]
-        self.histograms = {measure.name: Histogram.empty(measure.scale) for measure in measures}
+        self.histograms = {measure.name: Histogram.empty(measure) for measure in measures}
         self.sources = Crosstab(num_reasons=len(self.reasons))
         self.languages = Crosstab(num_reasons=len(self.reasons))
         self.tokens: dict[str, int] = {}
@@ -298,7 +320,7 @@ class FactsBuilder:
         for measure in self.measures:
             if values is not None and measure.name in values:
                 column = np.asarray(values[measure.name], dtype=np.float64)
-                self.histograms[measure.name].add(column, is_kept, measure.scale)
+                self.histograms[measure.name].add(column, is_kept)
         self.sources.add(source, reasons, sizes)
         if language is not None:
             self.languages.add(language, reasons, sizes)
@@ -362,7 +384,7 @@ class FactsBuilder:
         if self.languages.rows:
             facts["languages"] = self.languages.as_json("language", self.reasons)
         histograms = [
-            {**_plain(measure), **self.histograms[measure.name].as_json(measure.scale)}
+            {**_plain(measure), **self.histograms[measure.name].as_json()}
             for measure in self.measures
             if self.histograms[measure.name].counts.any()
         ]

@@ -171,6 +171,11 @@ def test_a_histogram_counts_every_document_once_and_on_its_side() -> None:
         (Scale.amount, 100.0, (89.1251, 100.0)),
         (Scale.amount, 1e-7, (0.001, 0.00112202)),
         (Scale.amount, 1e13, "above"),
+        (Scale.count, 0.0, "zero"),
+        (Scale.count, 1.0, (0.5, 1.5)),
+        (Scale.count, 20.0, (19.5, 20.5)),
+        (Scale.count, 100.0, (89.5, 100.5)),
+        (Scale.count, 101.0, (100.5, 112.5)),
     ],
 )
 def test_an_interval_holds_its_upper_edge(scale: Scale, value: float, place: Any) -> None:
@@ -190,6 +195,42 @@ def test_an_interval_holds_its_upper_edge(scale: Scale, value: float, place: Any
     else:
         assert tuple(shown["edges"]) == pytest.approx(place)
         assert shown["kept"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("scale", "drops", "bound", "values"),
+    [
+        (Scale.fraction, "below", 0.8, [0.0, 0.79, 0.7999, 0.8, 0.81]),
+        (Scale.fraction, "above", 0.305, [0.3, 0.305, 0.3051, 0.31, 1.0]),
+        (Scale.fraction, "above", 0.0, [0.0, 0.0001, 0.5]),
+        (Scale.count, "below", 50, [1, 2, 48, 49, 50, 51, 999]),
+        (Scale.count, "below", 2, [0, 1, 2, 3]),
+        (Scale.count, "above", 100_000, [5, 99_999, 100_000, 100_001]),
+        (Scale.count, "above", 0, [0, 1]),
+        (Scale.amount, "below", 3.0, [1.5, 2.9, 3.0, 3.01]),
+        (Scale.amount, "above", 10.0, [9.99, 10.0, 10.01]),
+    ],
+)
+def test_no_bin_holds_both_sides_of_a_threshold(
+    scale: Scale, drops: str, bound: float, values: list[float]
+) -> None:
+    threshold = Threshold(reason="r", setting="rules.r", value=bound, drops=drops)
+    measure = Measure(name="m", title="M", scale=scale, thresholds=(threshold,))
+    column = np.array(values, dtype=np.float64)
+    is_dropped = column < bound if drops == "below" else column > bound
+    builder = FactsBuilder(["r"], [measure])
+    builder.add_unit(
+        first=0,
+        ids=np.zeros((len(column), 16), dtype=np.uint8),
+        num_bytes=np.ones(len(column), dtype=np.int64),
+        reason=np.where(is_dropped, 0, KEPT),
+        source=["s"] * len(column),
+        values={"m": column},
+    )
+    counts = builder.histograms["m"].counts
+    assert not (counts[0] & counts[1]).any()
+    edges = builder.histograms["m"].edges
+    assert (np.diff(edges) > 0).all()
 
 
 def test_clusters_are_counted_by_size() -> None:
