@@ -1,0 +1,382 @@
+"""report.html of a data folder: what came in, what was dropped and why, for someone who has a minute.
+
+Reads `manifest.json`, and `facts.json` where a run wrote one. Each panel is a function from them to plain
+values that the template lays out; a panel without data is left out, or says what is missing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llmtrain.errors import DataError
+from llmtrain.files import atomic_write, read_json
+from llmtrain.tracking.data_tables import (
+    ClusterRow,
+    FunnelRow,
+    Share,
+    SourceRow,
+    cluster_rows,
+    counted,
+    funnel_rows,
+    share_rows,
+    source_rows,
+    stage_rows,
+    words,
+)
+from llmtrain.tracking.histograms import histogram_svg
+from llmtrain.tracking.report import Finding, Tile, plural
+from llmtrain.tracking.report_tables import clock
+from llmtrain.units import format_bytes, format_count, format_duration
+
+FACTS_NAME = "facts.json"
+LARGE_SOURCE_LOSS = 0.9
+"""Share of a source's text that may be dropped before the page warns; assumed, not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRun:
+    """What a data folder tells."""
+
+    folder: Path
+    manifest: Manifest
+    facts: dict[str, Any] = field(default_factory=dict)
+    facts_note: str = ""
+    """Why there are no facts."""
+
+    @property
+    def text_passes(self) -> list[dict[str, Any]]:
+        """Entries of the funnel that count bytes: from reading to tokens."""
+        return [entry for entry in self.manifest.funnel if "bytes" in entry["in"]]
+
+    @property
+    def read(self) -> dict[str, int]:
+        passes = self.text_passes
+        return dict(passes[0]["in"]) if passes else {"documents": 0, "bytes": 0}
+
+    @property
+    def kept(self) -> dict[str, int]:
+        passes = self.text_passes
+        return dict(passes[-1]["kept"]) if passes else {"documents": 0, "bytes": 0}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.manifest.shards)
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Of the text that was kept."""
+        return self.kept["bytes"] / self.num_tokens if self.num_tokens else None
+
+    def dropped(self) -> Iterator[tuple[str, str, dict[str, int]]]:
+        """(pass, reason, counts) of everything that went."""
+        for entry in self.text_passes:
+            for reason, counts in (entry.get("dropped") or {}).items():
+                yield entry["pass"], reason, counts
+
+
+def is_data_folder(folder: Path) -> bool:
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def read_data_run(folder: Path) -> DataRun:
+    """Read the manifest and, if there are any, the facts of a data folder.
+
+    Raises:
+        DataError: no manifest, or facts that are not JSON.
+    """
+    manifest = read_manifest(folder)
+    path = folder / FACTS_NAME
+    if not path.is_file():
+        note = f"{FACTS_NAME} is missing: only the manifest's figures are shown. `llmtrain data` writes it."
+        return DataRun(folder=folder, manifest=manifest, facts_note=note)
+    try:
+        facts = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} is damaged ({error!r}); delete it, and run `llmtrain data` again to have it back"
+        ) from error
+    return DataRun(folder=folder, manifest=manifest, facts=facts)
+
+
+def write_data_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the report of a data folder to `out` (None: report.html in it) and return its path."""
+    path = folder / "report.html" if out is None else out
+    page = render_data(read_data_run(folder))
+    with atomic_write(path, "w") as handle:
+        handle.write(page)
+    return path
+
+
+def render_data(run: DataRun) -> str:
+    """The whole page as text."""
+    environment = Environment(
+        loader=PackageLoader("llmtrain.tracking"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"bytes": format_bytes, "words": words}
+    facts = run.facts
+    with_bounds, without = histograms_of(run)
+    return environment.get_template("data_report.html.j2").render(
+        run=run,
+        name=run.manifest.corpus,
+        verdict=verdict_of(run),
+        tiles=tiles_of(run),
+        findings=list(findings_of(run)),
+        funnel=funnel_of(run),
+        bytes_per_token=run.bytes_per_token,
+        packs=pack_rows(run),
+        histograms=with_bounds,
+        other_histograms=without,
+        sources=sources_of(run),
+        languages=languages_of(run),
+        clusters=clusters_of(run),
+        stages=stage_rows(facts.get("stages") or []),
+        counts=count_tables(run),
+        decontamination=facts.get("decontamination") or [],
+        samples=samples_of(run),
+        config_text=yaml.safe_dump(run.manifest.config, sort_keys=True, allow_unicode=True),
+        versions=sorted(run.manifest.versions.items()),
+        written=clock(time.time()),
+    )
+
+
+def verdict_of(run: DataRun) -> str:
+    """One or two sentences that say what came out."""
+    read, kept = run.read, run.kept
+    if not read["bytes"]:
+        return "The manifest holds no funnel."
+    first = (
+        f"Of {counted(read['documents'], 'document')} with {format_bytes(read['bytes'])} of text, "
+        f"{kept['documents']:,} with {format_bytes(kept['bytes'])} ({_share(kept, read, 'bytes')}) stayed"
+    )
+    splits = [
+        f"{format_count(sum(shard.num_tokens for shard in run.manifest.split_shards(split)))} "
+        f"tokens {'held out' if split == 'held_out' else 'to train on'}"
+        for split in run.manifest.splits[::-1]
+    ]
+    return f"{first}: {' and '.join(splits)}." if splits else f"{first}."
+
+
+def tiles_of(run: DataRun) -> list[Tile]:
+    """The figures that are asked for first."""
+    read, kept = run.read, run.kept
+    tiles = [
+        Tile(
+            name="Documents kept",
+            value=format_count(kept["documents"]),
+            note=f"of {format_count(read['documents'])} read, {_share(kept, read, 'documents')}",
+        ),
+        Tile(
+            name="Text kept",
+            value=format_bytes(kept["bytes"]),
+            note=f"of {format_bytes(read['bytes'])} read, {_share(kept, read, 'bytes')}",
+        ),
+        Tile(
+            name="Tokens",
+            value=format_count(run.num_tokens),
+            note=f"{run.bytes_per_token:.2f} bytes a token" if run.bytes_per_token else "",
+        ),
+    ]
+    sources = run.facts.get("sources") or []
+    if sources and all("duplicates" in row for row in sources):
+        removed, total = (sum(row[name] for row in sources) for name in ("duplicates", "documents"))
+        tiles.append(
+            Tile(
+                name="Duplicates removed",
+                value=format_count(removed),
+                note=f"{removed / max(total, 1):.1%} of the documents scanned",
+            )
+        )
+    if stages := run.facts.get("stages"):
+        seconds, longest = sum(s["seconds"] for s in stages), max(stages, key=lambda s: s["seconds"])
+        tiles.append(
+            Tile(
+                name="Time",
+                value=format_duration(seconds),
+                note=f"{longest['seconds'] / max(seconds, 1e-9):.0%} of it {words(longest['name'])}",
+            )
+        )
+    tiles.append(
+        Tile(
+            name="Shards",
+            value=str(len(run.manifest.shards)),
+            note=f"vocabulary of {run.manifest.tokenizer.vocab_size:,}, {run.manifest.dtype}",
+        )
+    )
+    return tiles
+
+
+def _share(part: Mapping[str, int], whole: Mapping[str, int], measure: str) -> str:
+    return f"{part[measure] / whole[measure]:.1%}" if whole[measure] else "–"
+
+
+def findings_of(run: DataRun) -> Iterator[Finding]:
+    """What a careful reader of the figures would say."""
+    for alarm in run.facts.get("alarms") or []:
+        yield Finding(alarm.get("level", "warn"), str(alarm["text"]))
+    if run.facts_note:
+        yield Finding("warn", run.facts_note)
+    read = run.read
+    largest = sorted(run.dropped(), key=lambda item: -item[2]["bytes"])[:3]
+    if largest and read["bytes"]:
+        named = ", ".join(
+            f"{words(reason)} ({counts['bytes'] / read['bytes']:.1%})" for _, reason, counts in largest
+        )
+        yield Finding("info", f"Most text went to: {named} of what was read.")
+    for row in run.facts.get("sources") or []:
+        if row["source"] is not None and row["bytes"]:
+            lost = 1 - row["kept"]["bytes"] / row["bytes"]
+            if lost > LARGE_SOURCE_LOSS and row["documents"] > 1:
+                yield Finding("warn", f"{lost:.1%} of the text of source {row['source']} was dropped.")
+    yield from _checks_of(run)
+
+
+def _checks_of(run: DataRun) -> Iterator[Finding]:
+    bad = sum(counts["documents"] for counts in (run.facts.get("quarantine") or {}).values())
+    if bad:
+        yield Finding("warn", f"{plural(bad, 'record')} could not be used and lie in the quarantine.")
+    for entry in run.text_passes:
+        checked, differing = entry.get("checked_documents"), entry.get("differing_documents")
+        if checked:
+            level = "bad" if differing else "good"
+            yield Finding(
+                level,
+                f"Of {counted(checked, 'document')} encoded again by SentencePiece itself, "
+                f"{differing or 'none'} {'differ' if differing and differing > 1 else 'differs'}.",
+            )
+    for row in run.facts.get("decontamination") or []:
+        if row.get("items_found"):
+            yield Finding(
+                "warn",
+                f"{row['items_found']:,} of {row['items']:,} items of {row['name']} occur in the corpus; "
+                f"{plural(row['documents'], 'document')} dropped.",
+            )
+
+
+def funnel_of(run: DataRun) -> list[FunnelRow]:
+    return funnel_rows(run.text_passes, run.bytes_per_token)
+
+
+def pack_rows(run: DataRun) -> list[tuple[str, ...]]:
+    """(split, row length, rows, tokens, targets)."""
+    return [
+        (
+            words(pack.split),
+            f"{pack.seq_len:,}",
+            f"{pack.num_rows:,}",
+            f"{sum(shard.num_tokens for shard in run.manifest.split_shards(pack.split)):,}",
+            f"{pack.num_target_tokens:,}",
+        )
+        for pack in run.manifest.packs
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A histogram with its head."""
+
+    title: str
+    notes: list[str]
+    svg: str
+
+
+def histograms_of(run: DataRun) -> tuple[list[Picture], list[Picture]]:
+    """Histograms of what rules in force look at, and of the other signals."""
+    dropped: dict[str, int] = {}
+    for _, reason, counts in run.dropped():
+        dropped[reason] = dropped.get(reason, 0) + counts["documents"]
+    pictures: tuple[list[Picture], list[Picture]] = ([], [])
+    for histogram in run.facts.get("histograms") or []:
+        svg = histogram_svg(histogram)
+        notes = [
+            f"{bound['setting']} = {bound['value']:g}: {dropped.get(bound['reason'], 0):,} dropped"
+            for bound in histogram["thresholds"]
+        ]
+        if undefined := histogram.get("undefined"):
+            notes.append(f"{undefined['kept'] + undefined['dropped']:,} documents have no such value")
+        if svg:
+            shown = Picture(title=histogram["title"], notes=notes, svg=svg)
+            pictures[0 if histogram["thresholds"] else 1].append(shown)
+    return pictures
+
+
+def sources_of(run: DataRun) -> list[SourceRow]:
+    return source_rows(run.facts.get("sources") or [])
+
+
+def languages_of(run: DataRun) -> list[Share]:
+    return share_rows(run.facts.get("languages") or [], "language")
+
+
+def clusters_of(run: DataRun) -> list[tuple[str, list[ClusterRow], list[dict[str, Any]]]]:
+    """(kind, rows by size, examples)."""
+    return [
+        (words(kind), cluster_rows(found["sizes"]), found.get("examples") or [])
+        for kind, found in (run.facts.get("duplicates") or {}).items()
+        if found["sizes"]
+    ]
+
+
+def count_tables(run: DataRun) -> list[tuple[str, list[str], list[list[str]], str]]:
+    """(title, heads, rows, note) of what was masked, edited out and put aside."""
+    tables = []
+    facts = run.facts
+    if pii := facts.get("pii"):
+        rows = [[words(kind), f"{count:,}"] for kind, count in _largest_first(pii)]
+        tables.append(
+            ("Personal data masked", ["kind", "places"], rows, "Placeholders stand in the text instead.")
+        )
+    if edits := facts.get("edits"):
+        rows = [
+            [words(reason), f"{counts.get('lines', 0):,}", format_bytes(counts.get("bytes", 0))]
+            for reason, counts in _largest_first(edits)
+        ]
+        tables.append(
+            ("Cut out of documents", ["by", "lines", "text"], rows, "Before the document was judged.")
+        )
+    if quarantine := facts.get("quarantine"):
+        rows = [
+            [words(reason), f"{counts['documents']:,}", format_bytes(counts["bytes"])]
+            for reason, counts in _largest_first(quarantine)
+        ]
+        note = "Listed with path, record and detail in the folder's quarantine/."
+        tables.append(("Records that could not be used", ["reason", "records", "size"], rows, note))
+    return tables
+
+
+def _largest_first(counts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    def size(value: Any) -> float:
+        return float(value.get("bytes", 0) if isinstance(value, Mapping) else value)
+
+    return sorted(counts.items(), key=lambda item: (-size(item[1]), item[0]))
+
+
+def samples_of(run: DataRun) -> list[tuple[str, str, Sequence[Mapping[str, Any]]]]:
+    """(title, style, samples): what stayed, then each reason, those that dropped most first."""
+    samples = run.facts.get("samples")
+    if not samples:
+        return []
+    totals: dict[str, dict[str, int]] = {}
+    for _, reason, counts in run.dropped():
+        totals[reason] = counts
+    groups = [("Kept", "kept", samples.get("kept") or [])]
+    by_size = sorted(
+        (samples.get("dropped") or {}).items(),
+        key=lambda item: -totals.get(item[0], {}).get("bytes", 0),
+    )
+    for reason, drawn in by_size:
+        total = totals.get(reason, {}).get("documents")
+        count = f": {counted(total, 'document')}" if total else ""
+        groups.append((f"Dropped, {words(reason)}{count}", "dropped", drawn))
+    return [group for group in groups if group[2]]
