@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.dedup.config import LineConfig, LineUnit
-from llmtrain.data.dedup.lines import LINE_DTYPE, SPAN_DTYPE, line_hashes, remove_spans, spans_of_rows
+from llmtrain.data.dedup.line_text import LINE_DTYPE, SPAN_DTYPE, line_hashes, remove_spans, spans_of_rows
 from llmtrain.data.text.kernels import clean
 from llmtrain.errors import DataError
 
