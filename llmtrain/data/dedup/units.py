@@ -180,11 +180,15 @@ class Table:
 
 
 class RowWriter:
-    """Writes an .npy file of rows block by block. It appears when the `with` block ends without an error."""
+    """Writes an .npy file of rows block by block. It appears when the `with` block ends without an error.
 
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+    `shape` is that of a row.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...] = ()) -> None:
         self.path = path
         self.dtype = dtype
+        self.shape = shape
         self.num_rows = 0
         self._context = atomic_write(path)
 
@@ -193,7 +197,7 @@ class RowWriter:
         described = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
-            "shape": (self.num_rows,),
+            "shape": (self.num_rows, *self.shape),
         }
         np.lib.format.write_array_header_1_0(header, described)  # leaves room for a count of 20 digits
         return header.getvalue()
@@ -204,7 +208,7 @@ class RowWriter:
         return self
 
     def append(self, rows: npt.NDArray[Any]) -> None:
-        assert rows.dtype == self.dtype, f"rows of {rows.dtype}, not of {self.dtype}"
+        assert (rows.dtype, rows.shape[1:]) == (self.dtype, self.shape), f"{rows.dtype} {rows.shape}"
         self.num_rows += len(rows)
         self._handle.write(np.ascontiguousarray(rows).data)
 
