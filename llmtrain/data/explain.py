@@ -1,0 +1,412 @@
+"""Why a document stayed or went: the functions behind `llmtrain data explain`.
+
+What they look at was written by the run: the verdict of every document, its signals, the bounds in force, the
+text that was kept of it. Nothing is measured again. A document is named by the hex digits of its id, as the
+report, the lineage of a shard and `llmtrain data trace` show it; so many of the first ones as are needed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from llmtrain.data.facts import FACTS_NAME
+from llmtrain.data.filters.chain import RULES, value
+from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.filters.rule import Bound, Rule
+from llmtrain.data.manifest import read_manifest
+from llmtrain.data.trace import OutputFormat
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import read_json
+
+ID_LETTERS = 32
+NUM_MATCHES_SHOWN = 10
+NUM_OTHERS_SHOWN = 20
+"""Members of a cluster that are named."""
+VERDICTS = ("train", "held_out", "dropped")
+"""Tables of a verdicts folder."""
+
+
+@dataclass(kw_only=True)
+class ExplainConfig:
+    """Which document to explain."""
+
+    folder: str
+    """The data folder."""
+    id: str
+    """Its id in hex, or the first digits."""
+    text_chars: int = 2000
+    """Characters of its text to show; 0 shows none."""
+    format: OutputFormat = OutputFormat.text
+
+    def __post_init__(self) -> None:
+        self.id = self.id.lower().removeprefix("0x")
+        if not re.fullmatch(f"[0-9a-f]{{1,{ID_LETTERS}}}", self.id):
+            raise ConfigError(
+                f"id={self.id!r} must be 1 to {ID_LETTERS} hex digits, as the report shows them"
+            )
+        if self.text_chars < 0:
+            raise ConfigError(f"text_chars={self.text_chars} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A document that was looked for."""
+
+    verdict: str
+    """`train`, `held_out` or `dropped`: the table that it stands in."""
+    row: dict[str, Any]
+    """Its row there; `id` and `content` as hex."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleVerdict:
+    """What one rule says of a document."""
+
+    reason: str
+    setting: str
+    formula: str
+    asks: str
+    """`at least`, `at most` or `one of`."""
+    bound: Any
+    """None: the rule is off."""
+    value: float | str | None
+    """None: its signals were not measured."""
+    verdict: str
+    """`keeps`, `drops`, `off` or `not measured`."""
+    is_reason: bool
+    """Whether the document was dropped for it: the first that drops is the reason."""
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relative:
+    """A document of the same cluster."""
+
+    id: str
+    verdict: str
+    path: str
+    record: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Documents that were found to be duplicates of each other, the explained one among them."""
+
+    kind: str
+    """`exact`, `near`, ..."""
+    size: int
+    survivor: Relative
+    """The one that stayed."""
+    others: list[Relative]
+    """Up to NUM_OTHERS_SHOWN of the rest, without the explained one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """All that a run knows of one document."""
+
+    id: str
+    content: str | None
+    """Hash of its text."""
+    source: str
+    path: str
+    record: int
+    """1-based number of the record in its file."""
+    text_bytes: int
+    verdict: str
+    """`train`, `held_out` or `dropped`."""
+    reason: str | None
+    """For which it was dropped."""
+    signals: dict[str, int | float | str | bool | None]
+    rules: list[RuleVerdict]
+    clusters: list[Cluster] = field(default_factory=list)
+    edits: dict[str, Any] | None = None
+    """Lines and bytes cut out of it, by reason; None: not recorded."""
+    pii: dict[str, int] | None = None
+    """Places masked in it, by kind; None: not recorded."""
+    text: str | None = None
+    """Its beginning, after cutting and masking."""
+    text_is_whole: bool = False
+
+
+def explain(cfg: ExplainConfig) -> Explanation:
+    """Look a document up in a data folder.
+
+    Raises:
+        DataError: no document has this id, or several have; no manifest, or files that it stands on are gone.
+    """
+    folder = Path(cfg.folder)
+    rules = rules_of(read_manifest(folder).config.get("rules") or {})
+    scan_key, verdicts = _folders(folder)
+    tables = verdict_tables(verdicts)
+    match = find_document(cfg.id, tables)
+    unit, row = int(match.row["unit"]), int(match.row["row"])
+    signals = read_row(folder / "signals" / scan_key / f"unit-{unit:05d}.arrow", row)
+    text = read_row(folder / "docs" / scan_key / f"unit-{unit:05d}.arrow", row)["text"]
+    exact = equal_texts(match, tables)
+    return explanation(
+        match,
+        {name: item for name, item in signals.items() if name not in match.row and name != "slice"},
+        rules,
+        clusters=[] if exact is None else [exact],
+        text=text,
+        text_chars=cfg.text_chars,
+    )
+
+
+def explanation(
+    match: Match,
+    signals: Mapping[str, Any],
+    rules: RulesConfig,
+    *,
+    clusters: Sequence[Cluster] = (),
+    edits: dict[str, Any] | None = None,
+    pii: dict[str, int] | None = None,
+    text: bytes | None = None,
+    text_chars: int = 2000,
+) -> Explanation:
+    """Put together what is known of a document."""
+    row = match.row
+    reason = row.get("reason") or None
+    shown = None if text is None or not text_chars else text.decode(errors="replace")
+    return Explanation(
+        id=row["id"],
+        content=row.get("content"),
+        source=row["source"],
+        path=row["path"],
+        record=row["record"],
+        text_bytes=row["text_bytes"],
+        verdict=match.verdict,
+        reason=reason,
+        signals={name: _plain(item) for name, item in signals.items()},
+        rules=rule_verdicts(signals, rules, reason),
+        clusters=list(clusters),
+        edits=edits,
+        pii=pii,
+        text=None if shown is None else shown[:text_chars],
+        text_is_whole=shown is not None and len(shown) <= text_chars,
+    )
+
+
+def as_json(found: Explanation) -> dict[str, Any]:
+    return asdict(found)
+
+
+def find_document(prefix: str, tables: Iterable[tuple[str, pa.Table]]) -> Match:
+    """The one document whose id begins with these hex digits.
+
+    Args:
+        prefix: lower case.
+        tables: (name, table), each with a column `id` of 16 bytes.
+
+    Raises:
+        DataError: there is none, or there are several; these are listed.
+    """
+    found: list[Match] = []
+    num_found = num_documents = 0
+    for name, table in tables:
+        num_documents += table.num_rows
+        rows = matching_rows(prefix, table)
+        num_found += len(rows)
+        found += [_match(name, table, row) for row in rows[: NUM_MATCHES_SHOWN - len(found)]]
+    if not found:
+        raise DataError(
+            f"no document with id {prefix} among {num_documents:,}. Ids stand in the report, in "
+            "shards/*/*.docs.parquet, and in what `llmtrain data trace` prints"
+        )
+    if num_found > 1:
+        listed = "; ".join(f"{m.row['id']} ({m.row['path']}, record {m.row['record']})" for m in found)
+        rest = f"; and {num_found - len(found):,} more" if num_found > len(found) else ""
+        raise DataError(
+            f"{num_found:,} documents have an id that begins with {prefix}: {listed}{rest}. Give more digits"
+        )
+    return found[0]
+
+
+def matching_rows(prefix: str, table: pa.Table) -> list[int]:
+    """Rows whose id begins with these hex digits."""
+    whole, half = bytes.fromhex(prefix[: len(prefix) // 2 * 2]), prefix[len(prefix) // 2 * 2 :]
+    rows: list[int] = []
+    before = 0
+    for chunk in table.column("id").chunks:
+        ids = _bytes_of(chunk)
+        mask = (ids[:, : len(whole)] == np.frombuffer(whole, dtype=np.uint8)).all(axis=1)
+        if half:
+            mask &= ids[:, len(whole)] >> 4 == int(half, 16)
+        rows += (np.flatnonzero(mask) + before).tolist()
+        before += len(chunk)
+    return rows
+
+
+def equal_texts(match: Match, tables: Iterable[tuple[str, pa.Table]]) -> Cluster | None:
+    """Documents with the same text, found by the hash of their content; None when there is no other.
+
+    The survivor is the kept one, or, when all were dropped, the one with the smallest id.
+    """
+    content = match.row.get("content")
+    if content is None:
+        return None
+    members = [
+        (name, table, row)
+        for name, table in tables
+        if "content" in table.column_names
+        for row in matching_rows(content, table.select(["content"]).rename_columns(["id"]))
+    ]
+    if len(members) < 2:
+        return None
+    relatives = [_relative(_match(name, table, row)) for name, table, row in members]
+    survivor = min(relatives, key=lambda member: (member.verdict == "dropped", member.id))
+    others = [member for member in relatives if member.id not in (match.row["id"], survivor.id)]
+    return Cluster(kind="exact", size=len(relatives), survivor=survivor, others=others[:NUM_OTHERS_SHOWN])
+
+
+def cluster_of(
+    document: int,
+    duplicates: npt.NDArray[Any],
+    kind: str,
+    relatives: Any,
+) -> Cluster | None:
+    """The cluster of a document in a file of duplicates; None when it is in none.
+
+    Args:
+        document: its number.
+        duplicates: structured, `document`, `survivor`, `cluster_size`, by document; may be a memory map.
+        kind: `exact`, `near`, ...
+        relatives: function from document numbers, ascending, to one `Relative` each.
+    """
+    at = int(np.searchsorted(duplicates["document"], document))
+    survivor = document
+    if at < len(duplicates) and duplicates["document"][at] == document:
+        survivor = int(duplicates["survivor"][at])
+    rows = np.flatnonzero(duplicates["survivor"] == survivor)
+    if not len(rows):
+        return None
+    others = [int(number) for number in duplicates["document"][rows] if number not in (document, survivor)]
+    shown = sorted(others)[:NUM_OTHERS_SHOWN]
+    numbers = np.array(sorted({survivor, *shown}), dtype=np.int64)
+    named = dict(zip(numbers.tolist(), relatives(numbers), strict=True))
+    return Cluster(
+        kind=kind,
+        size=int(duplicates["cluster_size"][rows[0]]),
+        survivor=named[survivor],
+        others=[named[number] for number in shown],
+    )
+
+
+def rule_verdicts(signals: Mapping[str, Any], cfg: RulesConfig, reason: str | None) -> list[RuleVerdict]:
+    """What every rule says, in their order.
+
+    Args:
+        signals: of one document, by name.
+        reason: for which it was dropped.
+    """
+    return [_rule_verdict(rule, signals, getattr(cfg, rule.setting), reason) for rule in RULES]
+
+
+def rules_of(settings: Mapping[str, Any]) -> RulesConfig:
+    """The rules of a manifest's config. Settings that this version does not know are left out."""
+    known = {item.name for item in fields(RulesConfig)}
+    return RulesConfig(**{name: setting for name, setting in settings.items() if name in known})
+
+
+def verdict_tables(folder: Path) -> list[tuple[str, pa.Table]]:
+    """The tables of a verdicts folder, mapped into memory."""
+    tables = []
+    for name in VERDICTS:
+        path = folder / f"{name}.arrow"
+        if not path.is_file():
+            raise DataError(f"{path} is missing; run `llmtrain data` again, which makes it anew")
+        tables.append((name, pa.ipc.open_file(pa.memory_map(str(path))).read_all()))
+    return tables
+
+
+def read_row(path: Path, row: int) -> dict[str, Any]:
+    """Row number `row` of an Arrow file, reading the one batch that holds it."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run `llmtrain data` again, which makes it anew")
+    with pa.memory_map(str(path)) as handle:
+        reader = pa.ipc.open_file(handle)
+        left = row
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            if left < batch.num_rows:
+                found: dict[str, Any] = batch.slice(left, 1).to_pylist()[0]
+                return found
+            left -= batch.num_rows
+    raise DataError(f"{path} has no row {row:,}; delete it, and run `llmtrain data` again")
+
+
+def _folders(folder: Path) -> tuple[str, Path]:
+    """Key of the scan and folder of the verdicts that the manifest was made of."""
+    facts = folder / FACTS_NAME
+    named = read_json(facts).get("folders") if facts.is_file() else None
+    if named:
+        return named["scan"], folder / "verdicts" / named["verdicts"]
+    newest = {
+        part: sorted((folder / part).glob(pattern), key=lambda path: path.stat().st_mtime)
+        for part, pattern in (("signals", "*/unit-00000.json"), ("verdicts", "*/summary.json"))
+    }
+    for part, files in newest.items():
+        if not files:
+            raise DataError(
+                f"{folder / part} is gone or empty; run `llmtrain data` again, which makes it anew"
+            )
+    return newest["signals"][-1].parent.name, newest["verdicts"][-1].parent
+
+
+def _rule_verdict(rule: Rule, signals: Mapping[str, Any], bound: Any, reason: str | None) -> RuleVerdict:
+    is_measured = all(signals.get(name) is not None for name in rule.signals)
+    shown: float | str | None = None
+    drops = False
+    if is_measured and rule.bound is Bound.one_of:
+        shown = str(signals[rule.counted[0]])
+        drops = bound is not None and shown not in bound
+    elif is_measured:
+        shown = float(value(rule, {name: np.array([signals[name]]) for name in rule.signals})[0])
+        if bound is not None:
+            drops = not (shown >= bound if rule.bound is Bound.at_least else shown <= bound)
+    verdict = "off" if bound is None else "not measured" if not is_measured else "drops" if drops else "keeps"
+    return RuleVerdict(
+        reason=rule.reason,
+        setting=f"rules.{rule.setting}",
+        formula=rule.formula,
+        asks=str(rule.bound),
+        bound=bound,
+        value=shown,
+        verdict=verdict,
+        is_reason=rule.reason == reason,
+        source=rule.source,
+    )
+
+
+def _match(name: str, table: pa.Table, row: int) -> Match:
+    [values] = table.slice(row, 1).to_pylist()
+    return Match(verdict=name, row={key: _plain(item) for key, item in values.items()})
+
+
+def _relative(match: Match) -> Relative:
+    row = match.row
+    return Relative(id=row["id"], verdict=match.verdict, path=row["path"], record=row["record"])
+
+
+def _plain(item: Any) -> Any:
+    """As JSON has it; bytes as hex."""
+    if isinstance(item, bytes):
+        return item.hex()
+    return item.item() if isinstance(item, np.generic) else item
+
+
+def _bytes_of(chunk: Any) -> npt.NDArray[np.uint8]:
+    """A chunk of a binary(16) column as [n, 16]."""
+    if not len(chunk):
+        return np.zeros((0, 16), dtype=np.uint8)
+    raw = np.frombuffer(chunk.buffers()[1], dtype=np.uint8).reshape(-1, 16)
+    return raw[chunk.offset : chunk.offset + len(chunk)]

@@ -1,0 +1,247 @@
+"""Why a document stayed or went, looked up in what the run wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from llmtrain.data.document import normalize
+from llmtrain.data.explain import (
+    NUM_OTHERS_SHOWN,
+    ExplainConfig,
+    Match,
+    Relative,
+    as_json,
+    cluster_of,
+    equal_texts,
+    explain,
+    explanation,
+    find_document,
+    matching_rows,
+    read_row,
+    rule_verdicts,
+    rules_of,
+    verdict_tables,
+)
+from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.pipeline import run
+from llmtrain.data.shards import ShardReader
+from llmtrain.errors import ConfigError, DataError
+
+DUPLICATE = np.dtype([("document", "<i8"), ("survivor", "<i8"), ("cluster_size", "<i4")])
+
+
+def table_of(ids: list[str], content: list[str] | None = None) -> pa.Table:
+    return pa.table(
+        {
+            "id": pa.array([bytes.fromhex(digest) for digest in ids], pa.binary(16)),
+            "content": pa.array([bytes.fromhex(digest) for digest in content or ids], pa.binary(16)),
+            "path": ["f.jsonl"] * len(ids),
+            "record": list(range(1, len(ids) + 1)),
+        }
+    )
+
+
+def hex_ids(num: int, begin: str = "") -> list[str]:
+    draw = np.random.default_rng(len(begin))
+    return [begin + draw.bytes(16).hex()[len(begin) :] for _ in range(num)]
+
+
+@pytest.fixture
+def folder(write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], texts: list[str]) -> Path:
+    """40 texts, then a copy of the first and one that is too short."""
+    cfg = jsonl_config(write_jsonl([*texts[:40], texts[0], "too short"]))
+    run(cfg, quiet=True)
+    return Path(cfg.out)
+
+
+def id_of_record(folder: Path, record: int) -> str:
+    for _, table in verdict_tables(next((folder / "verdicts").iterdir())):
+        for row in table.to_pylist():
+            if row["record"] == record:
+                return str(row["id"].hex())
+    raise AssertionError(record)
+
+
+def test_a_kept_document_shows_its_signals_rules_and_text(folder: Path, texts: list[str]) -> None:
+    wanted = id_of_record(folder, 5)
+    found = explain(ExplainConfig(folder=str(folder), id=wanted[:12]))
+    assert (found.id, found.record, found.reason) == (wanted, 5, None)
+    assert found.verdict in ("train", "held_out")
+    assert found.path.endswith("texts.jsonl")
+    text = normalize(texts[4])
+    assert (found.text, found.text_is_whole) == (text[:2000], len(text) <= 2000)
+    assert found.text_bytes == len(text.encode())
+    assert found.signals["num_chars"] == len(text)
+    assert {"id", "content", "source", "slice", "record"}.isdisjoint(found.signals)
+    verdicts = {rule.reason: rule for rule in found.rules}
+    assert verdicts["too_short"].verdict == "keeps"
+    assert verdicts["too_short"].value == found.signals["num_words"]
+    assert not any(rule.verdict == "drops" for rule in found.rules)
+    assert not found.clusters
+
+
+def test_a_dropped_document_shows_the_rule_that_dropped_it(folder: Path) -> None:
+    found = explain(ExplainConfig(folder=str(folder), id=id_of_record(folder, 42)))
+    assert (found.verdict, found.reason) == ("dropped", "too_short")
+    [rule] = [rule for rule in found.rules if rule.is_reason]
+    assert (rule.reason, rule.setting, rule.bound, rule.value, rule.verdict) == (
+        "too_short",
+        "rules.min_words",
+        50,
+        2.0,
+        "drops",
+    )
+    assert "Rae et al. 2021" in rule.source
+
+
+def test_equal_texts_are_a_cluster_with_the_one_that_stayed(folder: Path) -> None:
+    pair = [explain(ExplainConfig(folder=str(folder), id=id_of_record(folder, n))) for n in (1, 41)]
+    [dropped] = [found for found in pair if found.verdict == "dropped"]
+    [stayed] = [found for found in pair if found.verdict != "dropped"]
+    for found in pair:
+        [cluster] = found.clusters
+        assert (cluster.kind, cluster.size, cluster.survivor.id) == ("exact", 2, stayed.id)
+    assert "duplicate" in str(dropped.reason)
+    assert [other.id for other in stayed.clusters[0].others] == [dropped.id]
+
+
+def test_an_explanation_is_json(folder: Path) -> None:
+    found = as_json(explain(ExplainConfig(folder=str(folder), id=id_of_record(folder, 1))))
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_the_id_of_a_shards_lineage_leads_here(folder: Path) -> None:
+    shard = next((folder / "shards").rglob("train-00000.bin"))
+    lineage = ShardReader(shard.with_suffix("")).lineage(3)
+    found = explain(ExplainConfig(folder=str(folder), id=lineage.document_id, text_chars=0))
+    assert (found.path, found.record, found.text) == (lineage.path, lineage.record, None)
+
+
+def test_every_prefix_finds_what_a_plain_search_finds() -> None:
+    ids = sorted(hex_ids(500) + hex_ids(20, "abc") + hex_ids(20, "ab0"))
+    table = pa.concat_tables([table_of(ids[:100]), table_of(ids[:1]).slice(1), table_of(ids)[50:].slice(50)])
+    assert table.num_rows == 540
+    for prefix in ("a", "ab", "abc", "ab0", ids[300], ids[301][:31], "0", "f", ids[7][:6]):
+        expected = [row for row, digest in enumerate(ids) if digest.startswith(prefix)]
+        assert matching_rows(prefix, table) == expected, prefix
+
+
+def test_a_prefix_of_several_lists_them() -> None:
+    ids = hex_ids(14, "abcd")
+    with pytest.raises(
+        DataError, match=r"14 documents have an id that begins with abcd: abcd.*; and 4 more"
+    ) as error:
+        find_document("abcd", [("train", table_of(ids[:9])), ("dropped", table_of(ids[9:]))])
+    assert all(digest in str(error.value) for digest in ids[:10])
+    assert "f.jsonl, record 1" in str(error.value)
+    found = find_document(ids[11], [("train", table_of(ids[:9])), ("dropped", table_of(ids[9:]))])
+    assert (found.verdict, found.row["id"], found.row["record"]) == ("dropped", ids[11], 3)
+
+
+def test_an_id_that_is_not_there_says_where_ids_stand() -> None:
+    with pytest.raises(DataError, match=r"no document with id ffff among 3\. Ids stand in the report"):
+        find_document("ffff", [("train", table_of(hex_ids(3, "00")))])
+
+
+@pytest.mark.parametrize("value", ["", "xyz", "12345678901234567890123456789012f", "12 34"])
+def test_an_id_must_be_hex(value: str) -> None:
+    with pytest.raises(ConfigError, match="must be 1 to 32 hex digits, as the report shows them"):
+        ExplainConfig(folder="x", id=value)
+
+
+def test_an_id_may_be_in_capitals() -> None:
+    assert ExplainConfig(folder="x", id="0xABC").id == "abc"
+
+
+def test_less_than_no_text_is_refused() -> None:
+    with pytest.raises(ConfigError, match="text_chars=-1 must be 0 or more"):
+        ExplainConfig(folder="x", id="a", text_chars=-1)
+
+
+def test_rules_that_are_off_or_not_measured_say_so() -> None:
+    cfg = RulesConfig(min_words=None, max_words=100, languages=["en"], min_language_score=0.5)
+    verdicts = {
+        rule.reason: rule.verdict
+        for rule in rule_verdicts({"num_words": 500, "language": "de"}, cfg, "wrong_language")
+    }
+    assert verdicts["too_short"] == "off"
+    assert verdicts["too_long"] == "drops"
+    assert verdicts["wrong_language"] == "drops"
+    assert verdicts["low_language_score"] == "not measured"
+
+
+def test_a_value_at_its_bound_is_kept() -> None:
+    cfg = RulesConfig(min_words=50, max_words=50)
+    found = {rule.reason: rule.verdict for rule in rule_verdicts({"num_words": 50}, cfg, None)}
+    assert (found["too_short"], found["too_long"]) == ("keeps", "keeps")
+
+
+def test_rules_of_another_version_are_read_as_far_as_known() -> None:
+    assert rules_of({"min_words": 7, "a_rule_of_tomorrow": 3}).min_words == 7
+
+
+def test_edits_and_masks_are_passed_on() -> None:
+    row = {"id": "ab", "source": "s", "path": "p", "record": 1, "text_bytes": 3, "reason": ""}
+    found = explanation(
+        Match(verdict="train", row=row),
+        {},
+        RulesConfig(),
+        edits={"javascript": {"lines": 1}},
+        pii={"email": 2},
+    )
+    assert (found.reason, found.edits, found.pii) == (None, {"javascript": {"lines": 1}}, {"email": 2})
+
+
+def relatives(numbers: Any) -> list[Relative]:
+    return [Relative(id=f"{n:032x}", verdict="dropped", path="p", record=n) for n in numbers.tolist()]
+
+
+def test_a_cluster_is_the_same_from_each_of_its_members() -> None:
+    rows = [(number, 4, 3) for number in (5, 9)] + [(7, 6, 2)]
+    duplicates = np.array(sorted(rows), dtype=DUPLICATE)
+    for document in (4, 5, 9):
+        cluster = cluster_of(document, duplicates, "near", relatives)
+        assert cluster is not None
+        assert (cluster.size, cluster.survivor.record) == (3, 4)
+        assert [other.record for other in cluster.others] == [n for n in (5, 9) if n != document]
+    assert cluster_of(8, duplicates, "near", relatives) is None
+    assert cluster_of(99, duplicates, "near", relatives) is None
+
+
+def test_a_large_cluster_names_a_few() -> None:
+    duplicates = np.array([(number, 0, 500) for number in range(1, 500)], dtype=DUPLICATE)
+    cluster = cluster_of(250, duplicates, "near", relatives)
+    assert cluster is not None
+    assert (cluster.size, len(cluster.others)) == (500, NUM_OTHERS_SHOWN)
+
+
+def test_a_text_of_its_own_has_no_cluster() -> None:
+    ids = hex_ids(3)
+    tables = [("train", table_of(ids))]
+    assert equal_texts(find_document(ids[0], tables), tables) is None
+    assert equal_texts(Match(verdict="train", row={"id": ids[0]}), tables) is None
+
+
+def test_files_that_are_gone_or_cut_are_told(folder: Path) -> None:
+    wanted = id_of_record(folder, 1)
+    [docs] = (folder / "docs").rglob("unit-00000.arrow")
+    with pytest.raises(DataError, match=r"has no row 1,000; delete it, and run `llmtrain data` again"):
+        read_row(docs, 1000)
+    docs.unlink()
+    with pytest.raises(DataError, match=r"unit-00000.arrow is missing; run `llmtrain data` again"):
+        explain(ExplainConfig(folder=str(folder), id=wanted))
+    next((folder / "verdicts").rglob("dropped.arrow")).unlink()
+    with pytest.raises(DataError, match=r"dropped.arrow is missing; run `llmtrain data` again"):
+        explain(ExplainConfig(folder=str(folder), id=wanted))
+    shutil.rmtree(folder / "verdicts")
+    (folder / "facts.json").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"verdicts is gone or empty; run `llmtrain data` again"):
+        explain(ExplainConfig(folder=str(folder), id=wanted))
