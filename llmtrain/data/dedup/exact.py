@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from llmtrain.data.dedup.standing import Piece, cut_into_pieces, document_rows, 
 from llmtrain.data.dedup.units import DOCUMENT, DUPLICATE, DedupUnit, RowWriter
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.folder import read_done, write_done
+from llmtrain.data.text.kernels import compiled
 
 Records = npt.NDArray[np.void]
 
@@ -149,13 +151,12 @@ def _spread(task: _SpreadTask) -> None:
     start, end = task.piece.start, task.piece.end
     rows = open_array(task.unit.documents, DOCUMENT).read(start, end)
     alive = np.flatnonzero(rows["alive"])
-    rows = rows[alive]
-    copies = np.empty(len(rows), dtype=_COPY)
-    copies["content_low"] = rows["content_low"]
+    copies = np.empty(len(alive), dtype=_COPY)
+    copies["content_low"] = rows["content_low"][alive]
     copies["standing"] = read_standings(task.standing, start, end)[alive]
     copies["document"] = task.unit.first + start + alive
-    copies["is_previous"] = rows["is_previous"]
-    write_partitioned(path, rows["content_high"], copies, task.num_partitions)
+    copies["is_previous"] = rows["is_previous"][alive]
+    write_partitioned(path, rows["content_high"][alive], copies, task.num_partitions)
     write_done(path.with_suffix(".json"), {}, [path])
 
 
@@ -182,22 +183,45 @@ def _group(task: _GroupTask) -> list[int]:
     return offsets
 
 
+@compiled
+def _find_best(keys: Any, lows: Any, standings: Any, order: Any, best: Any, sizes: Any) -> None:
+    """For each document, the best one of its text and how many there are. `order` sorts by key, and is
+    changed."""
+    first = 0
+    while first < len(order):
+        key, low = keys[order[first]], lows[order[first]]
+        last = first + 1
+        is_one_text = True
+        while last < len(order) and keys[order[last]] == key:
+            is_one_text &= lows[order[last]] == low
+            last += 1
+        if not is_one_text:
+            same_key = order[first:last].copy()
+            order[first:last] = same_key[np.argsort(lows[same_key])]
+        while first < last:
+            leader = order[first]
+            end = first
+            while end < last and lows[order[end]] == lows[order[first]]:
+                if standings[order[end]] < standings[leader]:
+                    leader = order[end]
+                end += 1
+            for at in range(first, end):
+                best[order[at]] = leader
+                sizes[order[at]] = end - first
+            first = end
+
+
 def _duplicates(records: Records) -> Records:
     """All copies but the best of each text, in any order."""
-    order = np.lexsort((records["standing"], records["content_low"], records["key"]))
-    records = records[order]
-    begins = np.ones(len(records), dtype=np.bool_)
-    begins[1:] = (records["key"][1:] != records["key"][:-1]) | (
-        records["content_low"][1:] != records["content_low"][:-1]
-    )
-    starts = np.flatnonzero(begins)
-    sizes = np.diff(np.append(starts, len(records)))
-    group = np.cumsum(begins) - 1
-    is_copy = ~begins & ~records["is_previous"]
-    duplicates = np.empty(int(is_copy.sum()), dtype=DUPLICATE)
-    duplicates["document"] = records["document"][is_copy]
-    duplicates["survivor"] = records["document"][starts][group[is_copy]]
-    duplicates["cluster_size"] = sizes[group[is_copy]]
+    keys, lows, ranks = (np.ascontiguousarray(records[name]) for name in ("key", "content_low", "standing"))
+    best = np.empty(len(records), dtype=np.int64)
+    sizes = np.empty(len(records), dtype=np.int32)
+    _find_best(keys, lows, ranks, np.argsort(keys), best, sizes)
+    copies = np.flatnonzero((best != np.arange(len(records))) & ~records["is_previous"])
+    duplicates = np.empty(len(copies), dtype=DUPLICATE)
+    duplicates["document"] = records["document"][copies]
+    duplicates["survivor"] = records["document"][best[copies]]
+    duplicates["cluster_size"] = sizes[copies]
     return duplicates
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ import numpy.typing as npt
 
 from llmtrain.data.dedup.arrays import open_array
 from llmtrain.data.dedup.config import DedupConfig
-from llmtrain.data.dedup.partition import PartitionFile, PartitionWriter, num_partitions_for
+from llmtrain.data.dedup.partition import PartitionFile, PartitionWriter, num_partitions_for, record_type
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter, Table
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.folder import read_done, write_done
+from llmtrain.data.text.kernels import compiled
 
 STANDING = np.dtype("<u8")
-_KEY = np.dtype([("is_new", "u1"), ("order", "<u8"), ("id_high", "<u8"), ("id_low", "<u8"), ("at", "<i8")])
-"""What documents are sorted by, ascending, and where each is: piece * 2^32 + row of the piece."""
+_KEY = np.dtype([("is_new", "u1"), ("order", "<u8"), ("id_high", "<u8"), ("id_low", "<u8"), ("row", "<u4")])
+"""What documents are sorted by, ascending, and the row of each in its piece."""
 _PLACE = np.dtype([("standing", "<u8")])
 _SAMPLES = 64
 """Samples for each range: the largest is then at most 1 + 1/64 times the mean, and a run's step more."""
@@ -133,8 +134,28 @@ def _descending(rank: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
     return order
 
 
-def _sorted(keys: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
-    return keys[np.lexsort((keys["id_low"], keys["id_high"], keys["order"], keys["is_new"]))]
+@compiled
+def _order_by_low(id_high: Any, id_low: Any, order: Any) -> None:
+    """Give equal `id_high` the order of `id_low`, in place."""
+    first = 0
+    for at in range(1, len(order) + 1):
+        if at == len(order) or id_high[order[at]] != id_high[order[first]]:
+            if at - first > 1:
+                tied = order[first:at].copy()
+                order[first:at] = tied[np.argsort(id_low[tied])]
+            first = at
+
+
+def _best_first(keys: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
+    """The order of the keys. By id first, with a fast sort; then, keeping that, by what weighs more."""
+    id_high, id_low = np.ascontiguousarray(keys["id_high"]), np.ascontiguousarray(keys["id_low"])
+    order: npt.NDArray[np.int64] = np.argsort(id_high)
+    _order_by_low(id_high, id_low, order)
+    for name in ("order", "is_new"):
+        column = np.ascontiguousarray(keys[name])
+        if len(column) and column.min() < column.max():
+            order = order[np.argsort(column[order], kind="stable")]
+    return order
 
 
 def _sort_piece(task: _SortTask) -> None:
@@ -146,9 +167,9 @@ def _sort_piece(task: _SortTask) -> None:
     keys["is_new"] = ~rows["is_previous"]
     keys["order"] = _descending(rows["rank"])
     keys["id_high"], keys["id_low"] = rows["id_high"], rows["id_low"]
-    keys["at"] = (task.piece.number << 32) + np.arange(len(rows))
+    keys["row"] = np.arange(len(rows))
     with RowWriter(path, _KEY) as writer:
-        writer.append(_sorted(keys))
+        writer.append(keys[_best_first(keys)])
     write_done(path.with_suffix(".json"), {}, [path])
 
 
@@ -165,7 +186,8 @@ def _splitters(
         part = np.empty(len(rows), dtype=_KEY)
         open_array(_run(work, piece.number), _KEY).take(rows, part)
         parts.append(part)
-    sample = _sorted(np.concatenate(parts))
+    sample = np.concatenate(parts)
+    sample = sample[_best_first(sample)]
     if len(sample) == 0:
         return []
     cuts = np.linspace(0, len(sample), num_ranges + 1)[1:-1].astype(np.int64).tolist()
@@ -196,20 +218,17 @@ def _number_range(task: _RangeTask) -> None:
         start = _first_at_least(run, task.low, 0)
         parts.append(run.read(start, _first_at_least(run, task.high, run.shape[0])))
         num_before += start
+    ends = np.cumsum([len(part) for part in parts])
     keys = np.concatenate(parts)
     del parts
-    order = np.lexsort((keys["id_low"], keys["id_high"], keys["order"], keys["is_new"]))
     standing = np.empty(len(keys), dtype=np.uint64)
-    standing[order] = np.arange(num_before, num_before + len(keys), dtype=np.uint64)
-    by_place = np.argsort(keys["at"])
-    at = keys["at"][by_place]
-    records = np.empty(len(keys), dtype=[("key", "<u8"), ("standing", "<u8")])
-    records["key"] = at & 0xFFFFFFFF
-    records["standing"] = standing[by_place]
-    cuts: npt.NDArray[np.int64] = np.searchsorted(at, np.arange(task.num_pieces + 1) << 32)
+    standing[_best_first(keys)] = np.arange(num_before, num_before + len(keys), dtype=np.uint64)
+    records = np.empty(len(keys), dtype=record_type(_PLACE))
+    records["key"] = keys["row"]  # not in order: they are read back whole
+    records["standing"] = standing
     with PartitionWriter(path, _PLACE, task.num_pieces) as writer:
-        for number, (start, end) in enumerate(itertools.pairwise(cuts.tolist())):
-            writer.append(number, records[start:end])
+        for number, (first, last) in enumerate(itertools.pairwise(ends.tolist())):
+            writer.append(number, records[first:last])
     write_done(path.with_suffix(".json"), {}, [path])
 
 
@@ -235,10 +254,3 @@ def read_standings(path: Path, start: int, end: int) -> npt.NDArray[np.uint64]:
     """The standings of rows start..end - 1 of a unit."""
     found: npt.NDArray[np.uint64] = open_array(path, STANDING).read(start, end)
     return found
-
-
-def stretches(unit: DedupUnit, max_rows: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """The unit's DOCUMENT rows, at most `max_rows` at once, each block with the row it starts at."""
-    table = open_array(unit.documents, DOCUMENT)
-    for at in range(0, unit.num_documents, max_rows):
-        yield at, table.read(at, min(at + max_rows, unit.num_documents))
