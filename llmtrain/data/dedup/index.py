@@ -141,10 +141,10 @@ def read_index(folder: Path, cfg: DedupConfig, *, first: int, number: int) -> li
     if cfg.near.enabled and (version, num_permutations, shingle_words) != wanted:
         raise DataError(
             f"the index {folder} of dedup.previous has signatures of version {version} with "
-            f"num_permutations={num_permutations} and shingle_words={shingle_words}, which do not compare with "
-            f"version {VERSION}, dedup.near.num_permutations={wanted[1]} and "
-            f"dedup.near.shingle_words={wanted[2]}; take its settings, leave it out of dedup.previous, or run "
-            "the earlier one again"
+            f"num_permutations={num_permutations} and shingle_words={shingle_words}, which do not compare "
+            f"with version {VERSION}, dedup.near.num_permutations={wanted[1]} and "
+            f"dedup.near.shingle_words={wanted[2]}; take its settings, leave it out of dedup.previous, or "
+            "run the earlier one again"
         )
     units = []
     for at, num_documents in enumerate(counts):

@@ -45,6 +45,7 @@ from llmtrain.data.dedup.units import (
 from llmtrain.data.dedup.verify import EDGE_PARTITIONS, Splitter, VerifyTask, merge_samples, verify_edges
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.folder import read_done, write_done
+from llmtrain.data.text.words import split_words
 from llmtrain.errors import DataError
 from llmtrain.files import hash_json, plain
 
@@ -107,7 +108,7 @@ def near_duplicates(
     engine: Engine,
     folder: Path,
     *,
-    split: Splitter,
+    split: Splitter = split_words,
     source_names: Sequence[str] = (),
 ) -> NearResult:
     """Find the near-duplicates among the documents that are alive.
@@ -238,6 +239,7 @@ def _run(
         ],
     )
     edges = tuple(folder / "edges" / name for summary in linked for name in summary["edges"])
+    ranges = _edge_ranges(edges, memory.edges)
     verified = run_tasks(
         engine,
         verify_edges,
@@ -254,10 +256,10 @@ def _run(
                 done=folder / "pairs" / f"{first:06d}.json",
                 key=key,
             )
-            for first, end in _edge_ranges(edges, memory.edges)
+            for first, end in ranges
         ],
     )
-    pairs = tuple(folder / "pairs" / f"{first:06d}.npy" for first, _ in _edge_ranges(edges, memory.edges))
+    pairs = tuple(folder / "pairs" / f"{first:06d}.npy" for first, _ in ranges)
     task = ClusterTask(
         units=unit_list,
         pairs=pairs,
