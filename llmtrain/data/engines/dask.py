@@ -57,6 +57,8 @@ PACKAGES = (
 """Whose versions must be those of this process: they decide bytes of the output, or how it is spoken of."""
 POLL_S = 1.0
 """How often a `map` that waits looks whether there are workers at all."""
+TEND_S = 15.0
+"""How often the source of workers may look after them."""
 GATHER_S = 60.0
 """How long to wait for a result that is said to be there; then it is waited for as if it were not."""
 TOP_UP = 256
@@ -72,12 +74,17 @@ class Source(Protocol):
         """Raises LaunchError when no scheduler answers."""
         ...
 
-    def workers_may_come(self) -> bool:
-        """Whether somebody who is not there yet has been asked for and may still appear."""
-        ...
-
+    may_be_long: bool
+    """Whether workers were asked for and may take hours to appear."""
     advice: str
     """What to do when no worker appears."""
+
+    def tend(self, *, has_progressed: bool) -> None:
+        """Called every TEND_S of a map: replace what is lost. `has_progressed`: units were done since.
+
+        Raises LaunchError when there is no hope.
+        """
+        ...
 
     def close(self) -> None: ...
 
@@ -87,6 +94,7 @@ class Running:
 
     def __init__(self, cfg: DaskConfig) -> None:
         self.cfg = cfg
+        self.may_be_long = False
         self.where = cfg.address or f"the address in {cfg.scheduler_file}"
         started_as = cfg.address or f"--scheduler-file {cfg.scheduler_file}"
         self.advice = f"start some with `dask worker {started_as} --nthreads 1 --nworkers CORES`"
@@ -105,17 +113,23 @@ class Running:
                 "this machine reaches it, and name it in engine.dask.address or engine.dask.scheduler_file"
             ) from error
 
-    def workers_may_come(self) -> bool:
-        return False
+    def tend(self, *, has_progressed: bool) -> None:
+        """Whoever started the workers looks after them."""
 
     def close(self) -> None:
         """It was not ours to start."""
 
 
 def client_of(**arguments: Any) -> Client:  # Any: of Dask's Client
+    quieten()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VersionMismatchWarning)  # ours says more, and is an error
         return Client(**arguments, set_as_default=False)
+
+
+def quieten() -> None:
+    """Keep Dask from telling of every connection, and of every result that was lost with its worker."""
+    logging.getLogger("distributed").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +150,7 @@ class Dask(AbstractContextManager["Dask"]):
         self._source = source
         self._probe: Path | None = None
         self._peak_bytes = 0
+        self._tended_s, self._num_done_then = time.monotonic(), 0
         self._home = Home(token=uuid.uuid4().hex, versions=own_versions(), working_folder=os.getcwd())
         self._client = source.connect()
         try:
@@ -153,6 +168,7 @@ class Dask(AbstractContextManager["Dask"]):
             whose workers die; the scheduler is gone. LaunchError: no workers, or workers of another version.
         """
         calls = Calls(self._client, function, units, self.cfg, self._home)
+        self._num_done_then = 0
         try:
             for number in range(len(units)):
                 while number not in calls.results:
@@ -209,6 +225,9 @@ class Dask(AbstractContextManager["Dask"]):
         """The outcome of the next unit that is done, after waiting for it."""
         alone_since: float | None = None
         while True:
+            if time.monotonic() > self._tended_s + TEND_S:
+                self._source.tend(has_progressed=calls.num_done > self._num_done_then)
+                self._tended_s, self._num_done_then = time.monotonic(), calls.num_done
             try:
                 return self._outcome(calls, calls.done.get(timeout=POLL_S))
             except Empty:
@@ -220,7 +239,7 @@ class Dask(AbstractContextManager["Dask"]):
                 alone_since = alone_since or time.monotonic()
                 waited_s = time.monotonic() - alone_since
                 if waited_s > self.cfg.worker_timeout_s:
-                    if not self._source.workers_may_come():
+                    if not self._source.may_be_long:
                         raise LaunchError(
                             f"no worker for {waited_s:.0f} s, and {calls.num_left():,} units wait; "
                             f"{self._source.advice}. What is done stays done: the same command goes on there"
@@ -316,6 +335,7 @@ class Calls:
         self.done: SimpleQueue[Future] = SimpleQueue()
         self.number_of: dict[str, int] = {}
         self._futures: dict[str, Future] = {}
+        self.num_done = 0
         self._num_submitted = 0
         self._prefix = f"{getattr(function, '__name__', 'unit')}-{uuid.uuid4().hex}"
         """A scheduler takes two units of one key for the same one, also those of two runs."""
@@ -345,6 +365,7 @@ class Calls:
 
     def forget(self, future: Future) -> None:
         """Let the scheduler drop a unit whose outcome is here."""
+        self.num_done += 1
         del self._futures[future.key], self.number_of[future.key]
         future.release()
 

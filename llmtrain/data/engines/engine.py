@@ -85,7 +85,10 @@ def make_engine(cfg: EngineConfig) -> Engine:
             return Local(cfg.workers or num_usable_cores(), max_worker_deaths=cfg.max_worker_deaths)
     try:
         from llmtrain.data.engines.dask import Dask, Running  # noqa: PLC0415 - optional, and slow to load
-        from llmtrain.data.engines.slurm import SlurmJobs  # noqa: PLC0415 - as above
+        from llmtrain.data.engines.slurm import SlurmJobs, load_jobqueue  # noqa: PLC0415 - as above
+
+        if cfg.kind is EngineKind.dask_slurm:
+            load_jobqueue()
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"engine.kind={cfg.kind.name} needs the package {error.name}; install what clusters need with "

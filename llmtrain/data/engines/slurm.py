@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dask
-from dask_jobqueue import SLURMCluster
 from distributed import Client
 
 from llmtrain.data.engines.config import DaskConfig, SlurmConfig
-from llmtrain.data.engines.dask import client_of
+from llmtrain.data.engines.dask import client_of, quieten
 from llmtrain.data.engines.unit import ONE_THREAD
 from llmtrain.errors import ConfigError, LaunchError
 
@@ -37,9 +39,22 @@ WORKER_ENVIRONMENT = {
     "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE": "0.95",
     "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False",
 }
+SETTINGS = {
+    "distributed.scheduler.worker-saturation": 1.0,  # what waits, waits here and not with a worker
+    # `tend` replaces lost jobs; Dask's own way would cancel the new one while it is queued.
+    "distributed.deploy.lost-worker-timeout": "365 days",
+    # Between min_jobs and max_jobs: jobs for five minutes of work at a time, let go after five idle minutes.
+    # Assumed, not measured: a queue takes minutes, and after Dask's own seconds jobs would go between passes.
+    "distributed.adaptive.target-duration": "5 minutes",
+    "distributed.adaptive.interval": "5 seconds",
+    "distributed.adaptive.wait-count": 60,
+}
+"""Of Dask, while there are jobs."""
 ASK_S = 60.0
 """How long Slurm's commands may take to answer."""
 LIVE_STATES = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+FRUITLESS_ROUNDS = 5
+"""How often all jobs may end without a unit done before the run gives up."""
 
 
 class SlurmJobs:
@@ -49,11 +64,11 @@ class SlurmJobs:
         self.cfg = cfg
         self.dask_cfg = dask_cfg
         self.log_directory = Path(cfg.log_directory).absolute()
-        self.advice = (
-            f"none of the jobs is queued or running: their messages are in {self.log_directory}, and "
-            "engine.slurm says what they ask for"
-        )
-        self._cluster: SLURMCluster | None = None
+        self.may_be_long = True
+        self.advice = f"jobs' messages are in {self.log_directory}"
+        self._num_fruitless = 0
+        self._cluster: Any = None  # Any: dask_jobqueue.SLURMCluster, see load_jobqueue
+        self._settings = ExitStack()
 
     def connect(self) -> Client:
         """Start the scheduler here and ask Slurm for jobs.
@@ -66,8 +81,10 @@ class SlurmJobs:
                 "engine.kind=dask_slurm needs the command sbatch on this machine; run it on a login node, or "
                 "start workers in another way and use engine.kind=dask_address"
             )
-        with dask.config.set({"distributed.scheduler.worker-saturation": 1.0}):  # what waits, waits here
-            self._cluster = SLURMCluster(
+        quieten()
+        self._settings.enter_context(dask.config.set(SETTINGS))
+        try:
+            self._cluster = load_jobqueue().SLURMCluster(
                 **job_arguments(self.cfg, self.log_directory),
                 scheduler_options={
                     "allowed_failures": self.dask_cfg.allowed_failures,
@@ -75,7 +92,6 @@ class SlurmJobs:
                     "dashboard_address": ":0",
                 },
             )
-        try:
             check_job(self._cluster.job_script())
             min_jobs = self.cfg.max_jobs if self.cfg.min_jobs is None else self.cfg.min_jobs
             self._cluster.adapt(minimum_jobs=min_jobs, maximum_jobs=self.cfg.max_jobs)
@@ -88,23 +104,57 @@ class SlurmJobs:
             self.close()
             raise
 
-    def workers_may_come(self) -> bool:
-        """Whether a job is queued or running. True also when Slurm does not answer, as it does at times."""
+    def tend(self, *, has_progressed: bool) -> None:
+        """Ask again for jobs that ended: by their time limit, preempted, failed, or cancelled.
+
+        dask-jobqueue itself does so only for jobs of one process.
+
+        Raises:
+            LaunchError: job after job ends, and no unit was done.
+        """
         assert self._cluster is not None, "connect() comes first"
-        ours = {str(job.job_id) for job in self._cluster.workers.values()}
-        asked = ["squeue", "--me", "--noheader", f"--states={LIVE_STATES}", "--format=%i"]
-        try:
-            answer = subprocess.run(asked, capture_output=True, text=True, timeout=ASK_S, check=True)
-        except (OSError, subprocess.SubprocessError) as error:
-            log.warning("Slurm does not say which jobs there are: %s", error)
-            return True
-        return bool(ours & set(answer.stdout.split()))
+        jobs = {name: str(job.job_id) for name, job in self._cluster.workers.items()}
+        live = live_jobs()  # after the line above: a job asked for in between is none of `jobs`
+        if live is None:
+            return
+        ended = [name for name, job in jobs.items() if job not in live]
+        self._num_fruitless = len(ended) + (0 if has_progressed else self._num_fruitless)
+        if self._num_fruitless > FRUITLESS_ROUNDS * self.cfg.max_jobs:
+            raise LaunchError(
+                f"{self._num_fruitless} jobs ended one after the other without a unit done; their messages "
+                f"are in {self.log_directory}, and engine.slurm says what they ask for and start. What is "
+                "done stays done: the same command goes on there"
+            )
+        if ended:
+            log.info("%d jobs have ended; asking for new ones", len(ended))
+            self._cluster.sync(self._forget, ended)
+
+    async def _forget(self, names: list[str]) -> None:
+        """On the cluster's own thread: drop jobs, and let it find that they are missing."""
+        assert self._cluster is not None, "connect() comes first"
+        for name in names:
+            job = self._cluster.workers.pop(name, None)
+            if job is not None:
+                await job.close()
 
     def close(self) -> None:
         """Cancel the jobs and end the scheduler."""
         if self._cluster is not None:
             self._cluster.close()
             self._cluster = None
+        self._settings.close()
+
+
+def load_jobqueue() -> ModuleType:
+    """dask_jobqueue, without the handlers that it sets when it is imported: Ctrl-C would end a run as if it
+    had succeeded."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    import dask_jobqueue  # noqa: PLC0415 - sets signal handlers, taken back below
+
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    module: ModuleType = dask_jobqueue
+    return module
 
 
 def job_arguments(cfg: SlurmConfig, log_directory: Path) -> dict[str, Any]:  # Any: of Dask's SLURMCluster
@@ -134,6 +184,18 @@ def job_arguments(cfg: SlurmConfig, log_directory: Path) -> dict[str, Any]:  # A
         "log_directory": str(log_directory),
         "python": cfg.python,
     }  # fmt: skip
+
+
+def live_jobs() -> set[str] | None:
+    """Ids of the user's jobs that are queued or running; None when Slurm does not answer, as it does at
+    times."""
+    asked = ["squeue", "--me", "--noheader", f"--states={LIVE_STATES}", "--format=%i"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=ASK_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("Slurm does not say which jobs there are: %s", error)
+        return None
+    return set(answer.stdout.split())
 
 
 def check_job(script: str) -> None:

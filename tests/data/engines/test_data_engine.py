@@ -211,12 +211,18 @@ def test_the_settings_name_the_engine() -> None:
         local.share(Path("anywhere"))
 
 
-def test_a_cluster_without_its_packages_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kind", "package"), [("dask_address", "distributed"), ("dask_slurm", "dask_jobqueue")]
+)
+def test_a_cluster_without_its_packages_says_what_to_install(
+    kind: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("llmtrain.data.engines.dask", "llmtrain.data.engines.slurm"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    cfg = EngineConfig(kind=EngineKind.dask_address, dask=DaskConfig(address="tcp://127.0.0.1:1"))
-    with pytest.raises(ConfigError, match=r"dask_address needs the package distributed.*llmtrain\[cluster\]"):
+    monkeypatch.setitem(sys.modules, package, None)
+    address = "tcp://127.0.0.1:1" if kind == "dask_address" else None
+    cfg = EngineConfig(kind=EngineKind[kind], dask=DaskConfig(address=address))
+    with pytest.raises(ConfigError, match=rf"{kind} needs the package {package}.*llmtrain\[cluster\]"):
         make_engine(cfg)
 
 
