@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,3 +71,9 @@ def merge_by_document(chunks: Sequence[Chunk], ranges: Sequence[tuple[int, int]]
         rows = np.concatenate(parts)
         out.append(rows[np.argsort(rows["document"], kind="stable")])
     assert all(cursor == chunk.end for cursor, chunk in zip(cursors, chunks, strict=True)), "ranges hold all"
+
+
+def remove_work(folder: Path) -> None:
+    """Delete what a stage wrote for itself, in `work-*` below its folder, with those of other settings."""
+    for work in folder.glob("work-*"):
+        shutil.rmtree(work, ignore_errors=True)

@@ -8,7 +8,6 @@ no more than its share of the corpus.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.dedup.arrays import Chunk, merge_by_document, open_array
+from llmtrain.data.dedup.arrays import Chunk, merge_by_document, open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig
 from llmtrain.data.dedup.partition import (
     COPIES,
@@ -114,7 +113,7 @@ def exact_duplicates(
     with RowWriter(path, DUPLICATE) as writer:
         merge_by_document(chunks, sorted(ranges), writer)
     write_done(done, {"num_duplicates": writer.num_rows}, [path])
-    shutil.rmtree(work, ignore_errors=True)
+    remove_work(folder)
     return path
 
 

@@ -13,7 +13,6 @@ large one, is shuffled by hash, and each unit then learns which of its lines ano
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.dedup.arrays import open_array
+from llmtrain.data.dedup.arrays import open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig, LineConfig
 from llmtrain.data.dedup.line_text import LINE_DTYPE, SPAN_DTYPE, Lines, Spans
 from llmtrain.data.dedup.owners import RECORD, SettleTask, read_lost, run_file, settle, write_run
@@ -95,7 +94,7 @@ def line_duplicates(
     names = ("num_lines", "num_removed", "removed_bytes")
     summary = dict(zip(names, counts.tolist(), strict=True))
     write_done(done, summary, removals)
-    shutil.rmtree(work, ignore_errors=True)
+    remove_work(folder)
     return LineResult(removals=removals, **summary)
 
 

@@ -15,7 +15,6 @@ at a false positive rate of 0.01 takes 0.2 TB of memory for it. `keep_one_in` di
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.dedup.arrays import open_array
+from llmtrain.data.dedup.arrays import open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig, NgramConfig
 from llmtrain.data.dedup.owners import RECORD, SettleTask, read_lost, run_file, settle, write_run
 from llmtrain.data.dedup.partition import num_partitions_for, stable_order
@@ -197,7 +196,7 @@ def ngram_overlap(
         "histogram": histogram.tolist(),
     }
     write_done(done, summary, [*overlaps, dropped])
-    shutil.rmtree(work, ignore_errors=True)
+    remove_work(folder)
     return NgramResult(overlaps=overlaps, dropped=dropped, **summary)
 
 

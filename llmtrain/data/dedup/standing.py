@@ -10,7 +10,6 @@ units, each step within `partition_bytes`.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.dedup.arrays import open_array
+from llmtrain.data.dedup.arrays import open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig
 from llmtrain.data.dedup.partition import PartitionFile, PartitionWriter, num_partitions_for, record_type
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter, Table
@@ -89,7 +88,7 @@ def standings(units: Sequence[DedupUnit], cfg: DedupConfig, engine: Engine, fold
     for _ in engine.map(_write_unit, back):
         pass
     write_done(done, {"num_documents": num_documents}, paths)
-    shutil.rmtree(work, ignore_errors=True)
+    remove_work(folder)
     return paths
 
 

@@ -91,32 +91,3 @@ def test_no_documents_or_none_alive_give_an_empty_list(
     rows["alive"] = False
     units = cut_units(tmp_path, rows, [0, 5])
     assert len(np.load(exact_duplicates(units, small_tasks(512), Inline(), tmp_path / "dead"))) == 0
-
-
-def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, made_up_documents: Any, cut_units: Any, small_tasks: Any
-) -> None:
-    class Stopping(Inline):
-        def __init__(self, num_tasks: int) -> None:
-            self.num_left = num_tasks
-
-        def map(self, function: Any, units: Any) -> Any:
-            for unit in units:
-                if self.num_left == 0:
-                    raise KeyboardInterrupt
-                self.num_left -= 1
-                yield function(unit)
-
-    units = cut_units(tmp_path, made_up_documents(50, 2), [10, 30])
-    cfg = small_tasks(2048)
-    whole = exact_duplicates(units, cfg, Inline(), tmp_path / "whole").read_bytes()
-    num_stops = 0
-    for num_tasks in range(1, 200, 5):
-        try:
-            path = exact_duplicates(units, cfg, Stopping(num_tasks), tmp_path / "stopped")
-        except KeyboardInterrupt:
-            num_stops += 1
-        else:
-            break
-    assert num_stops > 1
-    assert path.read_bytes() == whole

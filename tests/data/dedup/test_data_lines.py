@@ -151,19 +151,18 @@ def test_all_lines_of_all_documents_may_be_equal(tmp_path: Path, cut_units: Any,
     rows = np.zeros(1000, dtype=DOCUMENT)
     rows["alive"] = True
     rows["id_low"] = np.arange(1000)[::-1]
-    lines = np.zeros(100_000, dtype=LINE_DTYPE)
+    lines = np.zeros(1_000_000, dtype=LINE_DTYPE)
     lines["hash"] = 2**64 - 1
-    lines["row"] = np.repeat(np.arange(1000), 100)
-    lines["start"] = np.tile(np.arange(100), 1000) * 8
+    lines["row"] = np.repeat(np.arange(1000), 1000)
+    lines["start"] = np.tile(np.arange(1000), 1000) * 8
     lines["end"] = lines["start"] + 7
     paths = write_lines(tmp_path, lines, [0, 300, 1000])
     units = cut_units(tmp_path, rows, [300], lines=paths)
-    found = removed_by(units, small_tasks(1 << 18), tmp_path / "lines")
-    assert len(found) == 99_999
-    assert found[-1][0] == 999
-    assert set(range(999 * 100)) | {at + 1 for at in range(999 * 100, 99_999)} == {
-        row * 100 + start // 8 for row, start, _ in found
-    }
+    result = line_duplicates(units, small_tasks(1 << 22), Inline(), tmp_path / "lines")
+    first, second = (read_removals(path) for path in result.removals)
+    kept = set(range(700_000)) - set((second["row"] * 1000 + second["start"] // 8).tolist())
+    assert (len(first), len(second)) == (300_000, 699_999)
+    assert kept == {699_000}  # the first line of the document with the smallest id
 
 
 def test_units_without_lines_dead_ones_and_none_at_all_lose_nothing(
