@@ -14,14 +14,19 @@ VERBS = {
     "train": "train, or resume, or with check_only=true find every mistake first",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
-    "report": "one self-contained report.html of a run",
+    "report": "one self-contained report.html of a run or a data folder",
     "bench": "measure ourselves against the limit or a rival",
 }
+PARTS = {
+    "data explain": "every signal, rule and verdict of one document",
+    "data trace": "from a token back to its document and file",
+}
+"""What a verb's second word may be. Module and root YAML join both by an underscore."""
 
 
 def usage() -> str:
     lines = ["usage: llmtrain VERB [key=value ...]", ""]
-    lines += [f"  {verb:<9} {purpose}" for verb, purpose in VERBS.items()]
+    lines += [f"  {verb:<12} {purpose}" for verb, purpose in sorted({**VERBS, **PARTS}.items(), key=_place)]
     lines += ["", "`llmtrain VERB --help` shows every setting of a verb; `--cfg job` the composed config."]
     return "\n".join(lines)
 
@@ -42,9 +47,16 @@ def main() -> None:
     if verb not in VERBS:
         print(f"error: {unknown_name('verb', verb, VERBS)}", file=sys.stderr)
         sys.exit(2)
-    module = importlib.import_module(f"llmtrain.cli.{verb}")
-    sys.argv = [f"llmtrain {verb}", *arguments[1:]]
+    words = 2 if " ".join(arguments[:2]) in PARTS else 1
+    name = " ".join(arguments[:words])
+    module = importlib.import_module(f"llmtrain.cli.{name.replace(' ', '_').replace('-', '_')}")
+    sys.argv = [f"llmtrain {name}", *arguments[words:]]
     module.main()
+
+
+def _place(entry: tuple[str, str]) -> int:
+    """A verb's parts follow it."""
+    return list(VERBS).index(entry[0].split()[0])
 
 
 if __name__ == "__main__":

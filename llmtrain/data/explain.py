@@ -7,6 +7,7 @@ report, the lineage of a shard and `llmtrain data trace` show it; so many of the
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -50,7 +51,8 @@ class ExplainConfig:
         self.id = self.id.lower().removeprefix("0x")
         if not re.fullmatch(f"[0-9a-f]{{1,{ID_LETTERS}}}", self.id):
             raise ConfigError(
-                f"id={self.id!r} must be 1 to {ID_LETTERS} hex digits, as the report shows them"
+                f"id={self.id!r} must be 1 to {ID_LETTERS} hex digits, as the report shows them; digits "
+                "that look like a number, as 12e4, need quotes: id=\"'12e4'\""
             )
         if self.text_chars < 0:
             raise ConfigError(f"text_chars={self.text_chars} must be 0 or more")
@@ -78,7 +80,7 @@ class RuleVerdict:
     bound: Any
     """None: the rule is off."""
     value: float | str | None
-    """None: its signals were not measured."""
+    """None: its signals were not measured, or it is no number."""
     verdict: str
     """`keeps`, `drops`, `off` or `not measured`."""
     is_reason: bool
@@ -380,7 +382,7 @@ def _rule_verdict(rule: Rule, signals: Mapping[str, Any], bound: Any, reason: st
         formula=rule.formula,
         asks=str(rule.bound),
         bound=bound,
-        value=shown,
+        value=None if isinstance(shown, float) and not math.isfinite(shown) else shown,
         verdict=verdict,
         is_reason=rule.reason == reason,
         source=rule.source,

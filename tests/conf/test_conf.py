@@ -12,11 +12,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llmtrain.cli.main import VERBS
+from llmtrain.cli.main import PARTS, VERBS
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUP_OF_NO_DEFAULTS_LIST = {"experiment": "train"}
 """Groups that a user adds with a plus sign, and the verb that takes them."""
+
+TYPED = {words.replace(" ", "_").replace("-", "_"): words for words in (*VERBS, *PARTS)}
+"""Root YAML to what a user types."""
 
 NEEDED = {  # what a user must type anyway
     "plan": ["budget.device_hours=1"],
@@ -90,7 +93,7 @@ def hydra_verb(*arguments, cwd):
 
 
 def test_every_verb_has_a_root_yaml_and_every_root_yaml_a_verb():
-    assert {path.stem for path in CONF.glob("*.yaml")} == set(VERBS)
+    assert {path.stem for path in CONF.glob("*.yaml")} == set(TYPED)
 
 
 @pytest.mark.parametrize("verb", sorted(path.stem for path in CONF.glob("*.yaml")))
@@ -126,10 +129,11 @@ def test_every_device_says_where_its_peak_and_its_utilization_come_from(option):
 
 @pytest.mark.parametrize("verb", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_help_and_cfg_job_work_without_the_values_a_run_needs(verb, tmp_path):
-    shown = hydra_verb(verb, "--help", cwd=tmp_path)
+    words = TYPED[verb]
+    shown = hydra_verb(*words.split(), "--help", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith(f"llmtrain {verb} is powered by Hydra"), "set hydra.help.app_name"
-    job = hydra_verb(verb, "--cfg", "job", cwd=tmp_path)
+    assert shown.stdout.startswith(f"llmtrain {words} is powered by Hydra"), "set hydra.help.app_name"
+    job = hydra_verb(*words.split(), "--cfg", "job", cwd=tmp_path)
     assert job.returncode == 0, job.stderr
     assert isinstance(yaml.safe_load(job.stdout), dict)
     assert not list(tmp_path.iterdir()), "Hydra wrote something of its own"

@@ -1,0 +1,145 @@
+"""`llmtrain data explain`: every signal, rule and verdict of one document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.cli.compose import run_verb
+from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, as_json, explain
+from llmtrain.data.trace import OutputFormat
+from llmtrain.units import format_bytes
+
+STYLES = {"drops": "bold red", "keeps": "green", "off": "dim", "not measured": "dim"}
+
+
+def main() -> None:
+    run_verb("data_explain", ExplainConfig, show)
+
+
+def show(cfg: ExplainConfig) -> None:
+    found = explain(cfg)
+    if cfg.format is OutputFormat.json:
+        print(json.dumps(as_json(found), ensure_ascii=False, indent=1))
+        return
+    console = Console(highlight=False)
+    for line in head(found):
+        console.print(line, soft_wrap=True)
+    console.print(rules_table(found))
+    console.print(signals_table(found))
+    for line in rest(found):
+        console.print(line, soft_wrap=True)
+
+
+def head(found: Explanation) -> Iterator[Text]:
+    """Who the document is, and what became of it."""
+    if found.reason:
+        drop = next((rule for rule in found.rules if rule.is_reason), None)
+        why = (
+            f": {drop.formula} = {shown(drop.value)}, {drop.setting} asks {drop.asks} {shown(drop.bound)}"
+            if drop
+            else ""
+        )
+        verdict = Text(f"dropped as {found.reason.replace('_', ' ')}{why}", "bold red")
+    else:
+        verdict = Text(f"kept, {'held out' if found.verdict == 'held_out' else 'for training'}", "bold green")
+    facts: dict[str, str | Text] = {
+        "document": found.id,
+        "verdict": verdict,
+        "file": f"{found.path}, record {found.record:,}",
+        "source": found.source,
+        "text": f"{format_bytes(found.text_bytes)}{f', hash {found.content}' if found.content else ''}",
+    }
+    for name, fact in facts.items():
+        yield Text.assemble((f"{name:<10}", "bold"), fact)
+
+
+def rules_table(found: Explanation) -> Table:
+    """Every rule that is on; those that are off are counted below."""
+    num_off = sum(rule.verdict == "off" for rule in found.rules)
+    table = Table(
+        title="Rules, in their order",
+        title_justify="left",
+        caption=f"{num_off} more are off",
+        caption_justify="left",
+        box=box.SIMPLE,
+    )
+    table.add_column("reason to drop", no_wrap=True)
+    table.add_column("value", justify="right")
+    table.add_column("asked", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("the value is", overflow="fold")
+    for rule in found.rules:
+        if rule.verdict != "off":
+            table.add_row(
+                Text(rule.reason, "bold red" if rule.is_reason else ""),
+                shown(rule.value),
+                Text(f"{rule.asks} {shown(rule.bound)}"),
+                Text(f"{rule.verdict}{', the reason' if rule.is_reason else ''}", STYLES[rule.verdict]),
+                Text(rule.formula),
+            )
+    return table
+
+
+def signals_table(found: Explanation) -> Table:
+    """All signals, two a row."""
+    table = Table(title="Signals", title_justify="left", show_header=False, box=box.SIMPLE)
+    for _ in range(2):
+        table.add_column(overflow="fold")
+        table.add_column(justify="right")
+    cells = [(name, shown(value)) for name, value in found.signals.items()]
+    half = (len(cells) + 1) // 2
+    for at in range(half):
+        right = cells[half + at] if half + at < len(cells) else ("", "")
+        table.add_row(*map(Text, (*cells[at], *right)))
+    return table
+
+
+def rest(found: Explanation) -> Iterator[Text]:
+    """Duplicates, what was cut out and masked, and the text."""
+    for cluster in found.clusters:
+        yield from _cluster_lines(cluster, found)
+    if not found.clusters:
+        yield Text("No duplicate is known.")
+    for name, counts in (("cut out", found.edits), ("masked", found.pii)):
+        if counts:
+            listed = ", ".join(f"{key.replace('_', ' ')} {shown(count)}" for key, count in counts.items())
+            yield Text.assemble((f"{name:<10}", "bold"), listed)
+    if found.text is not None:
+        yield Text()
+        yield Text(found.text if found.text_is_whole else f"{found.text}…")
+
+
+def _cluster_lines(cluster: Cluster, found: Explanation) -> Iterator[Text]:
+    stays = "this one" if cluster.survivor.id == found.id else _named(cluster.survivor)
+    yield Text.assemble(
+        (f"{cluster.kind} duplicates: ", "bold"),
+        f"{cluster.size:,} documents in the cluster; of them stays {stays}",
+    )
+    for other in cluster.others:
+        yield Text(f"  {_named(other)}")
+    unnamed = cluster.size - len(cluster.others) - len({found.id, cluster.survivor.id})
+    if unnamed > 0:
+        yield Text(f"  and {unnamed:,} more")
+
+
+def _named(relative: Relative) -> str:
+    record = f", record {relative.record:,}" if relative.record is not None else ""
+    return f"{relative.id} ({relative.path}{record})"
+
+
+def shown(value: object) -> str:
+    """A number as people read it."""
+    if value is None:
+        return "–"
+    if isinstance(value, dict):
+        return ", ".join(f"{count:,} {name}" for name, count in value.items())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    is_whole = isinstance(value, int) or value.is_integer()
+    return f"{value:,.0f}" if is_whole else f"{value:.4g}"

@@ -1,0 +1,116 @@
+"""`llmtrain data explain` and `llmtrain data trace` as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtrain.cli import data_explain, data_trace
+from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, verdict_tables
+from llmtrain.data.pipeline import run
+from llmtrain.data.trace import TraceConfig, trace
+
+
+@pytest.fixture
+def folder(write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], texts: list[str]) -> Path:
+    cfg = jsonl_config(write_jsonl([*texts[:40], texts[0], "too short"]))
+    run(cfg, quiet=True)
+    return Path(cfg.out)
+
+
+def typed(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llmtrain.cli.main", "data", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_trace_leads_to_an_explanation(folder: Path) -> None:
+    done = typed("trace", f"folder={folder}", "token=10", "length=3", "format=json")
+    assert done.returncode == 0, done.stderr
+    [traced] = json.loads(done.stdout)
+    done = typed("explain", f"folder={folder}", f"id='{traced['document_id'][:10]}'", "format=json")
+    assert done.returncode == 0, done.stderr
+    explained = json.loads(done.stdout)
+    assert (explained["id"], explained["record"]) == (traced["document_id"], traced["record"])
+    assert traced["text"] in explained["text"]
+
+
+def test_a_mistake_is_one_line_and_exit_status_2(folder: Path) -> None:
+    for words, message in (
+        (("trace", f"folder={folder}"), "error: nothing to trace: give token=POSITION"),
+        (("explain", f"folder={folder}", "id=nothing"), "error: id='nothing' must be 1 to 32 hex digits"),
+        (
+            ("explain", f"folder={folder}"),
+            "error: no value for id; give it on the command line, as in id=VALUE",
+        ),
+    ):
+        done = typed(*words)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_traced_token_is_shown_in_its_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [traced] = trace(TraceConfig(folder=str(folder), token=40, length=4))
+    data_trace.show(TraceConfig(folder=str(folder), token=40, length=4))
+    shown = capsys.readouterr().out
+    assert f"texts.jsonl, record {traced.record}" in shown
+    assert f"bytes      {traced.byte_start} to {traced.byte_end} of {traced.text_bytes:,}" in shown
+    assert f"{traced.before}{traced.text}{traced.after}" in shown
+
+
+def test_a_row_shows_two_lines_for_each_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    length = 600
+    runs = trace(TraceConfig(folder=str(folder), token=0, length=length))
+    data_trace.show(TraceConfig(folder=str(folder), token=0, length=length))
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 2 * len(runs) > 2
+    assert all(traced.document_id in shown for traced in runs)
+
+
+def test_a_token_of_a_tokenizer_that_loses_text_says_so(folder: Path) -> None:
+    [traced] = trace(TraceConfig(folder=str(folder), token=0))
+    lines = [line.plain for line in data_trace.details(replace(traced, is_exact=False, text=""))]
+    assert any("does not give back the text" in line for line in lines)
+    assert "<end of document>" in lines[-1]
+
+
+def test_an_explanation_says_why_at_its_head(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables = verdict_tables(next((folder / "verdicts").iterdir()))
+    rows = [row for _, table in tables for row in table.to_pylist() if row["record"] in (3, 42)]
+    for row in rows:
+        data_explain.show(ExplainConfig(folder=str(folder), id=row["id"].hex()))
+        shown = capsys.readouterr().out
+        assert row["id"].hex() in shown
+        assert "more are off" in shown
+        expected = (
+            "dropped as too short: num_words = 2, rules.min_words asks at least 50"
+            if row["record"] == 42
+            else "kept, "
+        )
+        assert expected in shown
+
+
+def test_clusters_edits_and_masks_are_told() -> None:
+    others = [Relative(id=f"{n:032x}", verdict="dropped", path="f", record=n) for n in range(2, 5)]
+    found = Explanation(
+        id=f"{1:032x}", content=None, source="s", path="p", record=1, text_bytes=5, verdict="train",
+        reason=None, signals={"a": 1, "b": 0.123456, "c": None}, rules=[],
+        clusters=[Cluster(kind="near", size=9, survivor=others[0], others=others[1:])],
+        edits={"javascript": {"lines": 2, "bytes": 1000}}, pii={"api_key": 3}, text="long",
+    )  # fmt: skip
+    lines = "\n".join(line.plain for line in data_explain.rest(found))
+    assert "near duplicates: 9 documents in the cluster; of them stays 0000" in lines
+    assert "and 5 more" in lines
+    assert "cut out   javascript 2 lines, 1,000 bytes" in lines
+    assert "masked    api key 3" in lines
+    assert lines.endswith("long…")
+    assert [data_explain.shown(value) for value in (1234, 0.5, 1e6, None, "en", True)] == [
+        "1,234", "0.5", "1,000,000", "–", "en", "True",
+    ]  # fmt: skip
