@@ -69,19 +69,23 @@ def _shingles(kind: Any, folded: Any, begin: int, end: int, shingle_words: int, 
     """Hash the shingles of one document into `out`; return how many. A text with fewer words than a shingle
     is one shingle; one without words has none."""
     num_words = 0
-    for at in range(begin, end):
-        if kind[at] & 1:
-            words[num_words] = folded[at]
-            num_words += 1
+    for at in range(begin, end):  # without a branch: where symbols are, is not to be guessed
+        words[num_words] = folded[at]
+        num_words += np.int64(kind[at] & np.uint8(1))
     if num_words == 0:
         return 0
+    # word_1 p^size + word_2 p^(size - 1) + ... + word_size p, rolled from one shingle to the next.
     size = min(shingle_words, num_words)
+    rolled = np.uint64(0)
+    power = np.uint64(1)
+    for at in range(size - 1):
+        rolled = (rolled + words[at]) * _POLYNOMIAL
+        power *= _POLYNOMIAL
+    leaving = np.uint64(0)
     for at in range(num_words - size + 1):
-        hashed = np.uint64(0)
-        for word in range(at, at + size):
-            hashed = (hashed + words[word]) * _POLYNOMIAL
-        hashed ^= hashed >> np.uint64(32)
-        hashed *= _MIX
+        rolled = (rolled - leaving + words[at + size - 1]) * _POLYNOMIAL
+        leaving = words[at] * power * _POLYNOMIAL
+        hashed = (rolled ^ (rolled >> np.uint64(32))) * _MIX
         out[at] = hashed ^ (hashed >> np.uint64(32))
     return num_words - size + 1
 
