@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -171,15 +172,17 @@ def _remote_file(system: Any, info: dict[str, Any]) -> InputFile:
     return InputFile(
         path=system.unstrip_protocol(info["name"]),
         num_bytes=size or 0,
-        version=_version_of_info(info),
+        version=next(iter(_versions_of_info(info).values())),
         may_seek=bool(size) and info.get("partial", True),
     )
 
 
-def _version_of_info(info: dict[str, Any]) -> str:
-    size = info.get("size")
-    marks = [f"{key} {info[key]}" for key in VERSION_KEYS if info.get(key) is not None]
-    return ", ".join(["unknown size" if size is None else f"{size:,} bytes", *marks])
+def _versions_of_info(info: dict[str, Any]) -> dict[str, str]:
+    """What tells the state of a remote file, by the mark that is used; the best mark first."""
+    size = "unknown size" if info.get("size") is None else f"{info['size']:,} bytes"
+    marks = {key: info[key] for key in VERSION_KEYS if info.get(key) is not None}
+    plain = {key: mark.timestamp() if isinstance(mark, datetime) else mark for key, mark in marks.items()}
+    return {key: f"{size}, {key} {mark}" for key, mark in plain.items()} | {"": size}
 
 
 def check_unchanged(path: str, version: str | None) -> None:
@@ -187,7 +190,7 @@ def check_unchanged(path: str, version: str | None) -> None:
     if version is None:
         return
     try:
-        now = _version_now(path)
+        now = _version_now(path, version)
     except FileNotFoundError:
         raise DataError(
             f"{utf8(path)} is gone; it had {version} when this run listed its input. Put it back, or run the "
@@ -200,17 +203,24 @@ def check_unchanged(path: str, version: str | None) -> None:
         )
 
 
-def _version_now(path: str) -> str:
+def _version_now(path: str, version: str) -> str:
+    """The present state, by the mark that `version` was made of. A listing of a folder may have marks that
+    asking for one file does not give; then the size must do."""
     if not is_url(path):
         return version_of_stat(os.stat(path))
     system, inside = _file_system(path)
     system.invalidate_cache()
     try:
-        return _version_of_info(system.info(inside))
+        versions = _versions_of_info(system.info(inside))
     except FileNotFoundError:
         raise
     except Exception as error:  # each file system has errors of its own
         raise _unreadable(path, error) from error
+    size, _, mark = version.partition(", ")
+    key = mark.split(" ")[0]
+    if key in versions:
+        return versions[key]
+    return version if size == versions[""] else versions[""]
 
 
 def open_file(path: str, *, in_order: bool = False) -> io.BufferedReader:

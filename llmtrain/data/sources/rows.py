@@ -27,6 +27,9 @@ MAX_ROWS_A_BATCH = 64
 BATCH_BYTES = 4 << 20
 BUFFER_BYTES = 1 << 20
 
+MAX_LOST_ROWS = 1_000_000
+"""Of a row group, to be written down: a damaged file may claim any number."""
+
 _ERRORS = (OSError, pa.ArrowException, ValueError, OverflowError)
 """What pyarrow raises of a damaged file."""
 
@@ -46,7 +49,8 @@ def row_group_slices(file: InputFile, cfg: CorpusConfig) -> list[Slice]:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         end = row + max(0, group.num_rows)
-        slices.append(Slice(**common, start=row, end=end, num_bytes=max(1, group.total_byte_size)))
+        if end > row:
+            slices.append(Slice(**common, start=row, end=end, num_bytes=max(1, group.total_byte_size)))
         row = end
     return slices
 
@@ -101,11 +105,15 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 
 def read_parquet(piece: Slice, digest: Digest, cfg: CorpusConfig) -> Iterator[Record]:
     """Read one row group. What cannot be read of it counts row by row."""
-    num_read = 0
+    num_read, num_rows = 0, piece.end - piece.start
     try:
         for record in _read_row_group(piece, digest, cfg):
             num_read += 1
+            if num_read > num_rows:
+                raise BadInput("corrupt_archive", f"a row group of {num_rows:,} rows holds more")
             yield record
+        if num_read < num_rows:
+            raise BadInput("corrupt_archive", f"a row group of {num_rows:,} rows holds only {num_read:,}")
     except (*_ERRORS, BadInput) as error:
         if isinstance(error, DataError):
             raise
@@ -113,7 +121,7 @@ def read_parquet(piece: Slice, digest: Digest, cfg: CorpusConfig) -> Iterator[Re
         reason = "unreadable_file" if is_unreadable else "corrupt_archive"
         if isinstance(error, BadInput):
             reason = error.reason
-        for _ in range(max(1, piece.end - piece.start - num_read)):
+        for _ in range(min(max(1, num_rows - num_read), MAX_LOST_ROWS)):
             yield BadRecord(reason, 0, str(error))
 
 
@@ -124,9 +132,9 @@ def _read_row_group(piece: Slice, digest: Digest, cfg: CorpusConfig) -> Iterator
     with _open_parquet(piece.path) as file:
         row, number = 0, 0
         while number < file.metadata.num_row_groups and (
-            row < piece.start or not file.metadata.row_group(number).num_rows
+            row < piece.start or file.metadata.row_group(number).num_rows <= 0
         ):
-            row += file.metadata.row_group(number).num_rows
+            row += max(0, file.metadata.row_group(number).num_rows)
             number += 1
         if number == file.metadata.num_row_groups:
             return

@@ -57,6 +57,7 @@ def _records(stream: _Stream, extract: Callable[[str], str], cfg: CorpusConfig) 
             block = None if record is None else _block_of(record, cfg)
         if record is None:
             return
+        stream.last_record = record.stream_pos
         yield _read_record(record, block, extract, cfg)
 
 
@@ -70,7 +71,10 @@ def _format_errors(stream: _Stream) -> Iterator[None]:
         is_panic = type(error).__name__ == "PanicException"  # Rust's; its class cannot be imported
         if isinstance(error, DataError) or not (is_format or is_panic):
             raise
-        detail = f"{error}; the file is lost from about byte {stream.position:,} on"
+        place = "from its start on"
+        if stream.last_record is not None:
+            place = f"behind the record at byte {stream.last_record:,}"
+        detail = f"{error}; the file is lost {place}"
         raise BadInput("corrupt_archive", detail) from error
 
 
@@ -81,6 +85,8 @@ class _Stream(io.RawIOBase):
         self._blocks = found
         self._rest = b""
         self.position = 0
+        self.last_record: int | None = None
+        """Where the last record began that was whole."""
 
     def readable(self) -> bool:
         return True
@@ -103,11 +109,19 @@ class _Stream(io.RawIOBase):
 def _block_of(record: WarcRecord, cfg: CorpusConfig) -> bytes | None:
     """What a record holds, if it may be a page and is not too long."""
     declared = record.content_length
-    if not _may_be_page(record) or declared > cfg.max_document_bytes:
-        return None
-    block = b"" if record.reader is None else record.reader.read(declared)
-    if len(block) < declared:
-        raise BadInput("truncated_archive", f"a record of {declared:,} bytes ends after {len(block):,}")
+    length = record.headers.get("Content-Length") or ""
+    if not length.strip().isdigit() or int(length) != declared:
+        raise BadInput("corrupt_archive", f"a record whose Content-Length is {utf8(length)!r}")
+    block = None
+    if not declared or record.reader is None:
+        block, num_bytes = b"", 0
+    elif _may_be_page(record) and declared <= cfg.max_document_bytes:
+        block = record.reader.read(declared)
+        num_bytes = len(block)
+    else:
+        num_bytes = record.reader.consume(declared)
+    if num_bytes < declared:
+        raise BadInput("truncated_archive", f"a record of {declared:,} bytes ends after {num_bytes:,}")
     return block
 
 
