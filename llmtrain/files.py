@@ -16,6 +16,7 @@ import shutil
 import socket
 import sys
 import time
+import uuid
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,11 +44,17 @@ def fsync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def temporary_beside(path: Path) -> Path:
+    """A name for a file that becomes `path`, which no other writer takes: on a shared file system, one on
+    another machine may have this process's id and the same file to write."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a temporary file that becomes `path` when the block ends without an error, else vanishes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as handle:
             yield handle

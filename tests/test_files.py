@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.errors import LaunchError
-from llmtrain.files import LOCK_FILE, FolderLock
+from llmtrain.files import LOCK_FILE, FolderLock, temporary_beside
 
 HOLD = """
 import sys, time
@@ -95,3 +95,9 @@ def test_file_system_without_locks_warns_and_goes_on(
     with caplog.at_level(logging.WARNING), FolderLock(tmp_path):
         pass
     assert f"{tmp_path} is not guarded against a second writer: [Errno {errno.ENOLCK}]" in caplog.text
+
+
+def test_two_writers_of_one_file_take_two_temporary_names(tmp_path: Path) -> None:
+    names = {temporary_beside(tmp_path / "x.bin").name for _ in range(100)}
+    assert len(names) == 100
+    assert all(name.startswith(f".x.bin.tmp-{os.getpid()}-") for name in names)

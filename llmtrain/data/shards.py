@@ -22,7 +22,7 @@ import xxhash
 
 from llmtrain.data.manifest import shard_files
 from llmtrain.errors import DataError
-from llmtrain.files import fsync_folder
+from llmtrain.files import fsync_folder, temporary_beside
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_VERSION = 1
@@ -81,7 +81,7 @@ class ShardWriter:
         self.vocab_size = vocab_size
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._bin_path, self._idx_path = shard_files(prefix)
-        self._temporary = prefix.with_name(f".{prefix.name}.bin.tmp-{os.getpid()}")
+        self._temporary = temporary_beside(self._bin_path)
         self._handle = open(self._temporary, "wb")  # noqa: SIM115 - closed in close() or abort()
         self._lengths: list[npt.NDArray[np.int64]] = []
         self._sha256 = hashlib.sha256()
@@ -124,7 +124,7 @@ class ShardWriter:
         self._handle.flush()
         os.fsync(self._handle.fileno())
         self._handle.close()
-        index_temporary = self._temporary.with_name(f".{self.prefix.name}.idx.tmp-{os.getpid()}")
+        index_temporary = temporary_beside(self._idx_path)
         try:
             with open(index_temporary, "wb") as handle:
                 handle.write(index)

@@ -39,6 +39,7 @@ def dask_cluster(
     """Yield when the scheduler can be reached; workers join when they are ready. Logs are in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     scheduler_file = folder / "scheduler.json"
+    scheduler_file.unlink(missing_ok=True)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
