@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain.data.dedup.config import LineConfig, LineUnit
-from llmtrain.data.text.kernels import compiled
+from llmtrain.data.text.kernels import compiled, compiled_lean
+from llmtrain.data.text.unicode_tables import tables
+from llmtrain.data.text.utf8 import HIGH, ONES, as_kernels_read
 from llmtrain.errors import DataError
 
 LINE_DTYPE = np.dtype([("hash", "<u8"), ("row", "<i4"), ("start", "<i4"), ("end", "<i4")])
@@ -29,23 +31,17 @@ Spans = npt.NDArray[np.void]
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 _MIX2 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX3 = np.uint64(0x94D049BB133111EB)
-_ONES = np.uint64(0x0101010101010101)
-_HIGH = np.uint64(0x8080808080808080)
 
 
 @cache
 def _lower_table() -> npt.NDArray[np.int32]:
-    """The lower case of each code point that has one of a single code point, up to the last that has one;
-    else itself."""
-    table = np.arange(0x1E944, dtype=np.int32)
-    for point in range(len(table)):
-        lowered = chr(point).lower()
-        if len(lowered) == 1:
-            table[point] = ord(lowered)
-    return table
+    """The lower case of each code point, up to the last that has one."""
+    shifts = tables().lower[tables().lower_pages].ravel()
+    points = np.arange(len(shifts), dtype=np.int32)
+    return (points + shifts)[: np.flatnonzero(shifts)[-1] + 1]
 
 
-@compiled
+@compiled_lean
 def _space_width(text: Any, at: int, end: int) -> int:
     """Bytes of the white space character at `at`, as str.isspace sees it; 0 for any other."""
     byte = text[at]
@@ -67,7 +63,7 @@ def _space_width(text: Any, at: int, end: int) -> int:
     return 3 if second == 0x80 and third == 0x80 else 0
 
 
-@compiled
+@compiled_lean
 def _trimmed(text: Any, start: int, end: int) -> Any:
     """Where the text between two positions begins and ends without the white space around it."""
     while start < end:
@@ -95,7 +91,7 @@ def _trimmed(text: Any, start: int, end: int) -> Any:
     return start, end
 
 
-@compiled
+@compiled_lean
 def _eight(text: Any, at: int) -> Any:
     """Eight bytes from `at` on as one number, the first the lowest. The compiler makes one load of it."""
     here = np.uint64(at)  # unsigned: no test for an index from the end
@@ -108,12 +104,12 @@ def _eight(text: Any, at: int) -> Any:
     return word | np.uint64(text[here + np.uint64(7)]) << np.uint64(56)
 
 
-@compiled
+@compiled_lean
 def _line_end(text: Any, at: int, end: int) -> int:
     """Where the next line feed is, or `end`."""
     while at + 8 <= end:
-        differs = _eight(text, at) ^ (_ONES * np.uint64(10))
-        if (differs - _ONES) & ~differs & _HIGH:  # one of the bytes is 0
+        differs = _eight(text, at) ^ (ONES * np.uint64(10))
+        if (differs - ONES) & ~differs & HIGH:  # one of the bytes is 0
             break
         at += 8
     while at < end and text[at] != 10:
@@ -121,22 +117,22 @@ def _line_end(text: Any, at: int, end: int) -> int:
     return at
 
 
-@compiled
+@compiled_lean
 def _mixed(state: Any, word: Any) -> Any:
     state = (state ^ word) * _MIX2
     return state ^ (state >> np.uint64(29))
 
 
-@compiled
+@compiled_lean
 def _hash_text(text: Any, at: int, end: int, lower: Any, state: Any, word: Any, num_bits: Any) -> Any:
     """Take text[at:end], lower-cased, into a hash: its `state`, and the `num_bits` of `word` that wait."""
     num_chars = 0
     while at < end:
         if at + 8 <= end:
             eight = _eight(text, at)
-            if eight & _HIGH == 0:
+            if eight & HIGH == 0:
                 # 0x20 for each byte in A..Z: those above "@" and not above "Z", eight at a time.
-                is_upper = (eight + _ONES * np.uint64(0x3F)) & ~(eight + _ONES * np.uint64(0x25)) & _HIGH
+                is_upper = (eight + ONES * np.uint64(0x3F)) & ~(eight + ONES * np.uint64(0x25)) & HIGH
                 eight |= is_upper >> np.uint64(2)
                 state = _mixed(state, word | eight << num_bits)
                 word = eight >> (np.uint64(64) - num_bits) if num_bits > 0 else np.uint64(0)
@@ -228,6 +224,8 @@ def line_hashes(text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], cfg
     A paragraph is a run of lines that are not blank; its hash is that of its lines, each without the white
     space at its ends. `row` is the document's number in the batch.
     """
+    text, _ = as_kernels_read(text)
+    offsets = np.array(offsets, dtype=np.int64)  # of one type too: those from Arrow are read-only
     columns = _hash_lines(text, offsets, _lower_table(), cfg.min_chars, cfg.unit is LineUnit.paragraph)
     lines = np.empty(len(columns[0]), dtype=LINE_DTYPE)
     for name, column in zip(LINE_DTYPE.names or (), columns, strict=True):
@@ -235,7 +233,7 @@ def line_hashes(text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], cfg
     return lines
 
 
-@compiled
+@compiled_lean
 def _is_blank(text: Any, at: int, end: int) -> bool:
     first, last = _trimmed(text, at, end)
     return bool(first == last)
@@ -309,6 +307,8 @@ def remove_spans(
                 f"the {len(lengths)} documents of the batch or the span before it: the texts and the spans "
                 "are of different runs; delete the folder of line deduplication and run again"
             )
+    text, _ = as_kernels_read(text)
+    offsets = np.array(offsets, dtype=np.int64)
     result: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] = _remove(text, offsets, rows, starts, ends)
     return result
 
