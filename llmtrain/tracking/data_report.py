@@ -39,6 +39,7 @@ from llmtrain.units import format_bytes, format_count, format_duration
 FACTS_NAME = "facts.json"
 LARGE_SOURCE_LOSS = 0.9
 """Share of a source's text that may be dropped before the page warns; assumed, not measured."""
+MAX_SOURCES_WARNED_OF = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +125,6 @@ def render_data(run: DataRun) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": format_bytes, "words": words}
     facts = run.facts
     with_bounds, without = histograms_of(run)
     return environment.get_template("data_report.html.j2").render(
@@ -228,17 +228,20 @@ def findings_of(run: DataRun) -> Iterator[Finding]:
     if run.facts_note:
         yield Finding("warn", run.facts_note)
     read = run.read
-    largest = sorted(run.dropped(), key=lambda item: -item[2]["bytes"])[:3]
+    largest = sorted(run.dropped(), key=lambda item: -item[2].get("bytes", 0))[:3]
     if largest and read["bytes"]:
         named = ", ".join(
-            f"{words(reason)} ({counts['bytes'] / read['bytes']:.1%})" for _, reason, counts in largest
+            f"{words(reason)} ({counts.get('bytes', 0) / read['bytes']:.1%})" for _, reason, counts in largest
         )
         yield Finding("info", f"Most text went to: {named} of what was read.")
-    for row in run.facts.get("sources") or []:
-        if row["source"] is not None and row["bytes"]:
-            lost = 1 - row["kept"]["bytes"] / row["bytes"]
-            if lost > LARGE_SOURCE_LOSS and row["documents"] > 1:
-                yield Finding("warn", f"{lost:.1%} of the text of source {row['source']} was dropped.")
+    lost = [
+        (1 - row["kept"]["bytes"] / row["bytes"], row["source"])
+        for row in run.facts.get("sources") or []
+        if row["source"] is not None and row["bytes"] and row["documents"] > 1
+    ]
+    for share, source in sorted(lost, reverse=True)[:MAX_SOURCES_WARNED_OF]:
+        if share > LARGE_SOURCE_LOSS:
+            yield Finding("warn", f"{share:.1%} of the text of source {source} was dropped.")
     yield from _checks_of(run)
 
 
@@ -295,7 +298,7 @@ def histograms_of(run: DataRun) -> tuple[list[Picture], list[Picture]]:
     """Histograms of what rules in force look at, and of the other signals."""
     dropped: dict[str, int] = {}
     for _, reason, counts in run.dropped():
-        dropped[reason] = dropped.get(reason, 0) + counts["documents"]
+        dropped[reason] = dropped.get(reason, 0) + counts.get("documents", 0)
     pictures: tuple[list[Picture], list[Picture]] = ([], [])
     for histogram in run.facts.get("histograms") or []:
         svg = histogram_svg(histogram)

@@ -109,14 +109,14 @@ def funnel_rows(passes: Sequence[Mapping[str, Any]], bytes_per_token: float | No
         if "tokens" in counts:
             tokens = format_count(counts["tokens"])
         elif bytes_per_token:
-            tokens = f"≈{format_count(round(counts['bytes'] / bytes_per_token))}"
+            tokens = f"≈{format_count(round(counts.get('bytes', 0) / bytes_per_token))}"
         return FunnelRow(
             label=label,
             style=style,
             by_bytes=pieces["bytes"],
             by_documents=pieces["documents"],
-            share=percent(counts["bytes"], read["bytes"]),
-            text=format_bytes(counts["bytes"]),
+            share=percent(counts.get("bytes", 0), read["bytes"]),
+            text=format_bytes(counts.get("bytes", 0)),
             documents=f"{counts.get('documents', 0):,}",
             tokens=tokens,
             **more,
@@ -132,7 +132,7 @@ def funnel_rows(passes: Sequence[Mapping[str, Any]], bytes_per_token: float | No
             total = {m: sum(counts.get(m, 0) for _, counts in small) for m in ("bytes", "documents")}
             parts = tuple(
                 f"{words(reason)}: {counted(counts.get('documents', 0), 'document')}, "
-                f"{format_bytes(counts['bytes'])}"
+                f"{format_bytes(counts.get('bytes', 0))}"
                 for reason, counts in small
             )
             steps.append((f"{len(small)} smaller reasons", total, parts))
@@ -191,12 +191,14 @@ def share_rows(rows: Sequence[Mapping[str, Any]], name: str) -> list[Share]:
     total = sum(row["documents"] for row in rows)
     longest = max((row["documents"] for row in rows), default=0)
     ordered = sorted(rows, key=lambda row: (-row["documents"], str(row[name])))
-    shown = [(str(row[name]), row["documents"], row["kept"]["documents"], row["bytes"]) for row in ordered]
+    shown: list[tuple[str, int, int, int]] = [
+        (str(row[name]), row["documents"], row["kept"]["documents"], row["bytes"]) for row in ordered
+    ]
     if len(shown) > NUM_LANGUAGES_SHOWN + 1:
         rest = shown[NUM_LANGUAGES_SHOWN:]
-        sums = [sum(item[column] for item in rest) for column in (1, 2, 3)]
-        shown = [*shown[:NUM_LANGUAGES_SHOWN], (f"{len(rest)} others", sums[0], sums[1], sums[2])]
-        longest = max(longest, sums[0])
+        documents, kept, size = (sum(column) for column in zip(*(item[1:] for item in rest), strict=True))
+        shown = [*shown[:NUM_LANGUAGES_SHOWN], (f"{len(rest)} others", documents, kept, size)]
+        longest = max(longest, documents)
     return [
         Share(
             label=label,
