@@ -184,38 +184,33 @@ def _group(task: _GroupTask) -> list[int]:
 
 @compiled
 def _find_best(keys: Any, lows: Any, standings: Any, order: Any, best: Any, sizes: Any) -> None:
-    """For each document, the best one of its text and how many there are. `order` sorts by key, and is
-    changed."""
+    """For each document, the best one of its text and how many there are. `order` brings equal texts
+    together."""
     first = 0
     while first < len(order):
-        key, low = keys[order[first]], lows[order[first]]
+        leader = order[first]
+        key, low = keys[leader], lows[leader]
         last = first + 1
-        is_one_text = True
-        while last < len(order) and keys[order[last]] == key:
-            is_one_text &= lows[order[last]] == low
+        while last < len(order) and keys[order[last]] == key and lows[order[last]] == low:
+            if standings[order[last]] < standings[leader]:
+                leader = order[last]
             last += 1
-        if not is_one_text:
-            same_key = order[first:last].copy()
-            order[first:last] = same_key[np.argsort(lows[same_key])]
-        while first < last:
-            leader = order[first]
-            end = first
-            while end < last and lows[order[end]] == lows[order[first]]:
-                if standings[order[end]] < standings[leader]:
-                    leader = order[end]
-                end += 1
-            for at in range(first, end):
-                best[order[at]] = leader
-                sizes[order[at]] = end - first
-            first = end
+        for at in range(first, last):
+            best[order[at]] = leader
+            sizes[order[at]] = last - first
+        first = last
 
 
 def _duplicates(records: Records) -> Records:
     """All copies but the best of each text, in any order."""
     keys, lows, ranks = (np.ascontiguousarray(records[name]) for name in ("key", "content_low", "standing"))
+    order = np.argsort(keys)
+    differs = lows[order[1:]] != lows[order[:-1]]
+    if (differs & (keys[order[1:]] == keys[order[:-1]])).any():  # two texts of one key: by chance never
+        order = np.lexsort((lows, keys))
     best = np.empty(len(records), dtype=np.int64)
     sizes = np.empty(len(records), dtype=np.int32)
-    _find_best(keys, lows, ranks, np.argsort(keys), best, sizes)
+    _find_best(keys, lows, ranks, order, best, sizes)
     copies = np.flatnonzero((best != np.arange(len(records))) & ~records["is_previous"])
     duplicates = np.empty(len(copies), dtype=DUPLICATE)
     duplicates["document"] = records["document"][copies]

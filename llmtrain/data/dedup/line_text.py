@@ -239,6 +239,14 @@ def _is_blank(text: Any, at: int, end: int) -> bool:
     return bool(first == last)
 
 
+@compiled_lean
+def _copy(source: Any, at: int, end: int, out: Any, filled: int) -> int:
+    """Append bytes at..end - 1; returns how many there are now."""
+    for place in range(end - at):
+        out[filled + place] = source[at + place]
+    return filled + end - at
+
+
 @compiled
 def _remove(text: Any, offsets: Any, rows: Any, starts: Any, ends: Any) -> Any:
     num_documents = len(offsets) - 1
@@ -254,8 +262,7 @@ def _remove(text: Any, offsets: Any, rows: Any, starts: Any, ends: Any) -> Any:
         while span < len(rows) and rows[span] == document:
             has_spans = True
             start = begin + starts[span]
-            out[filled : filled + start - at] = text[at:start]
-            filled += start - at
+            filled = _copy(text, at, start, out, filled)
             at = min(begin + ends[span] + 1, end)  # with its line end
             span += 1
             last_line = filled - 1
@@ -268,13 +275,12 @@ def _remove(text: Any, offsets: Any, rows: Any, starts: Any, ends: Any) -> Any:
                     if not _is_blank(text, at, line_end):
                         break
                     at = min(line_end + 1, end)
-        out[filled : filled + end - at] = text[at:end]
-        filled += end - at
+        filled = _copy(text, at, end, out, filled)
         if has_spans:
             while filled > first and (out[filled - 1] == 10 or out[filled - 1] == 32 or out[filled - 1] == 9):
                 filled -= 1
         out_offsets[document + 1] = filled
-    return out[:filled].copy(), out_offsets
+    return out[:filled], out_offsets
 
 
 def remove_spans(
