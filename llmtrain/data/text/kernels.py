@@ -44,7 +44,7 @@ def compiled_lean(function: Function) -> Function:
     """`compiled` without the counting of references to arrays: for loops that make no array.
 
     The counting is atomic and happens at each call: words are split at 40 MB/s with it, 200 without.
-    What such a loop writes comes in as arguments; a slice or a new array inside it would never be freed.
+    What such a loop writes comes in as arguments; a new array inside it would never be freed.
     """
     return _compiled(function, _nrt=False)
 

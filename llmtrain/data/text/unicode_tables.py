@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-UNICODE_VERSION = "17.0"
+UNICODE_VERSION = "18.0"
 FILE_NAME = "unicode_properties.txt"
 NUM_CODE_POINTS = 0x110000
 PAGE_BITS = 8
@@ -83,7 +83,7 @@ _NOT_TERMINAL = (
     "\U000113d4\U000113d5\U00016d6e\U00016d6f"
 )
 _TERMINAL_TOO = "\u17d6\u17d9\u17da"
-"""How datatrove's TERMINAL_PUNCTUATION differs from Sentence_Terminal of Unicode 17."""
+"""How datatrove's TERMINAL_PUNCTUATION differs from Sentence_Terminal of Unicode 18."""
 
 
 class Tables(NamedTuple):
@@ -133,7 +133,7 @@ def properties_text() -> str:
     """The content of `unicode_properties.txt`.
 
     `START ENTRY` in hexadecimal for each run of equal entries, then `lower FIRST LAST STEP SHIFT` in decimal.
-    Needs the package regex (development only), which knows the properties of Unicode 17. Lower-casing is
+    Needs the package regex (development only), which knows the properties of Unicode 18. Lower-casing is
     simple, one character to one: that of `str.lower`, and regex's for capitals younger than this Python's.
     """
     regex: Any = import_module("regex")

@@ -16,7 +16,7 @@ ONES = np.uint64(0x0101010101010101)
 HIGH = np.uint64(0x8080808080808080)
 LOW_7 = np.uint64(0x7F7F7F7F7F7F7F7F)
 _SEED = np.uint64(0x9E3779B97F4A7C15)
-_PRIME_1 = np.uint64(0xD6E8FEB86659FD93)
+PRIME = np.uint64(0xD6E8FEB86659FD93)
 _PRIME_2 = np.uint64(0xFF51AFD7ED558CCD)
 """Odd 64-bit constants: of splitmix64, of Pelle Evensen's rrmxmx, of MurmurHash3."""
 
@@ -61,14 +61,14 @@ def hash_bytes(text: Any, eight: Any, start: Any, end: Any) -> Any:
 @compiled_lean
 def absorbed(state: Any, block: Any) -> Any:
     """The state of a hash after 8 more bytes, where at least one will follow."""
-    state = (state ^ block) * _PRIME_1
+    state = (state ^ block) * PRIME
     return state ^ (state >> np.uint64(32))
 
 
 @compiled_lean
 def last_hash(state: Any, block: Any, length: Any) -> Any:
     """The hash, from its last 1 to 8 bytes, which are the high ones of `block`, the low ones being zero."""
-    state = (state ^ block ^ (np.uint64(length) * _SEED)) * _PRIME_1
+    state = (state ^ block ^ (np.uint64(length) * _SEED)) * PRIME
     state ^= state >> np.uint64(32)
     state *= _PRIME_2
     return state ^ (state >> np.uint64(29))

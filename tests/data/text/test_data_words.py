@@ -246,6 +246,6 @@ def test_more_words_than_half_the_bytes_fit() -> None:
 
 
 def test_the_table_of_characters_is_what_its_maker_writes() -> None:
-    pytest.importorskip("regex", reason="the properties of Unicode 17 come from the package regex")
+    pytest.importorskip("regex", reason="the properties of Unicode 18 come from the package regex")
     file = unicode.files("llmtrain.data.text") / unicode.FILE_NAME
     assert file.read_text(encoding="ascii") == unicode.properties_text()
