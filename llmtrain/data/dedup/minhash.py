@@ -71,7 +71,7 @@ def _shingles(kind: Any, folded: Any, begin: int, end: int, shingle_words: int, 
     num_words = 0
     for at in range(begin, end):  # without a branch: where symbols are, is not to be guessed
         words[num_words] = folded[at]
-        num_words += np.int64(kind[at] & np.uint8(1))
+        num_words += kind[at] & 1
     if num_words == 0:
         return 0
     # word_1 p^size + word_2 p^(size - 1) + ... + word_size p, rolled from one shingle to the next.
