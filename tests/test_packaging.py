@@ -156,7 +156,7 @@ RIVALS = {"transformers"}
 """Imported by benchmarks only, and installed by those who run them."""
 
 
-NOT_IMPORTED = {"accelerate", "aiohttp"}
+NOT_IMPORTED = {"accelerate", "aiohttp", "lxml_html_clean"}
 """Declared although no line of ours imports it."""
 
 

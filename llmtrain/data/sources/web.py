@@ -250,7 +250,7 @@ def _extractor(extraction: Extraction) -> Callable[[str], str]:
             import trafilatura  # noqa: PLC0415 - an optional dependency, of an extra
         except ImportError as error:
             raise ConfigError(
-                "corpus.extraction=trafilatura needs the package trafilatura: "
+                f"corpus.extraction=trafilatura needs the package trafilatura ({error}): "
                 "`pip install llmtrain[trafilatura]`, or set corpus.extraction=resiliparse"
             ) from error
         return lambda page: trafilatura.extract(page, favor_precision=True, include_comments=False) or ""
