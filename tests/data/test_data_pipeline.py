@@ -407,7 +407,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("kind", list(EngineKind))
+@pytest.mark.parametrize("kind", [EngineKind.inline, EngineKind.local])
 def test_a_full_disk_is_named_with_its_bytes(
     small_disk: Path, write_jsonl: Write, jsonl_config: Config, texts: list[str], kind: EngineKind
 ) -> None:
