@@ -37,7 +37,7 @@ def figures(folder: Path, num_documents: int, partition_bytes: int) -> dict[str,
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    small, large = (figures(tmp_path / "run", num, 8 << 20) for num in (100_000, 400_000))
+    small, large = (figures(tmp_path / "run", num, 8 << 20) for num in (60_000, 240_000))
     assert large["num_documents"] == 4 * small["num_documents"]
     assert large["num_duplicates"] > 3.9 * small["num_duplicates"]
     # 24 MiB: nodes of clusters take about 30 bytes each, as documented, and allocators do not give all back.
