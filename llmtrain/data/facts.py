@@ -374,7 +374,7 @@ class FactsBuilder:
 
         Args:
             look_up: finds the documents to show; None: no samples and no examples. Called once.
-            parts: further parts, as they stand in docs/data_format.md (`corpus`, `funnel`, `stages`,
+            parts: further parts, as they stand in docs/report.md (`corpus`, `funnel`, `stages`,
             `alarms`, `decontamination`, `folders`); None leaves one out.
         """
         facts: dict[str, Any] = {"facts_version": FACTS_VERSION}

@@ -39,7 +39,10 @@ from llmtrain.units import format_bytes, format_count, format_duration
 FACTS_NAME = "facts.json"
 LARGE_SOURCE_LOSS = 0.9
 """Share of a source's text that may be dropped before the page warns; assumed, not measured."""
-MAX_SOURCES_WARNED_OF = 5
+LARGE_SOURCE_SHARE = 0.01
+"""Of all text: smaller sources are not warned of."""
+NUM_SOURCES_OPEN = 15
+"""The others are folded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,7 @@ def render_data(run: DataRun) -> str:
     )
     facts = run.facts
     with_bounds, without = histograms_of(run)
+    sources = sources_of(run)
     return environment.get_template("data_report.html.j2").render(
         run=run,
         name=run.manifest.corpus,
@@ -138,7 +142,8 @@ def render_data(run: DataRun) -> str:
         packs=pack_rows(run),
         histograms=with_bounds,
         other_histograms=without,
-        sources=sources_of(run),
+        sources=sources[:NUM_SOURCES_OPEN],
+        more_sources=sources[NUM_SOURCES_OPEN:],
         languages=languages_of(run),
         clusters=clusters_of(run),
         stages=stage_rows(facts.get("stages") or []),
@@ -234,14 +239,13 @@ def findings_of(run: DataRun) -> Iterator[Finding]:
             f"{words(reason)} ({counts.get('bytes', 0) / read['bytes']:.1%})" for _, reason, counts in largest
         )
         yield Finding("info", f"Most text went to: {named} of what was read.")
-    lost = [
-        (1 - row["kept"]["bytes"] / row["bytes"], row["source"])
-        for row in run.facts.get("sources") or []
-        if row["source"] is not None and row["bytes"] and row["documents"] > 1
-    ]
-    for share, source in sorted(lost, reverse=True)[:MAX_SOURCES_WARNED_OF]:
-        if share > LARGE_SOURCE_LOSS:
-            yield Finding("warn", f"{share:.1%} of the text of source {source} was dropped.")
+    sources = run.facts.get("sources") or []
+    large = LARGE_SOURCE_SHARE * sum(row["bytes"] for row in sources)
+    for row in sources:
+        if row["source"] is not None and row["bytes"] and row["bytes"] >= large:
+            lost = 1 - row["kept"]["bytes"] / row["bytes"]
+            if lost > LARGE_SOURCE_LOSS:
+                yield Finding("warn", f"{lost:.1%} of the text of source {row['source']} was dropped.")
     yield from _checks_of(run)
 
 
@@ -303,13 +307,14 @@ def histograms_of(run: DataRun) -> tuple[list[Picture], list[Picture]]:
     for histogram in run.facts.get("histograms") or []:
         svg = histogram_svg(histogram)
         notes = [
-            f"{bound['setting']} = {bound['value']:g}: {dropped.get(bound['reason'], 0):,} dropped"
+            f"{bound['setting']} = {bound['value']:.10g}: {dropped.get(bound['reason'], 0):,} dropped"
             for bound in histogram["thresholds"]
         ]
         if undefined := histogram.get("undefined"):
             notes.append(f"{undefined['kept'] + undefined['dropped']:,} documents have no such value")
         if svg:
-            shown = Picture(title=histogram["title"], notes=notes, svg=svg)
+            title = str(histogram["title"])
+            shown = Picture(title=title[:1].upper() + title[1:], notes=notes, svg=svg)
             pictures[0 if histogram["thresholds"] else 1].append(shown)
     return pictures
 

@@ -167,7 +167,11 @@ def source_rows(sources: Sequence[Mapping[str, Any]]) -> list[SourceRow]:
         whole = max(source["bytes"], 1)
         kept = source["kept"]["bytes"] / whole
         dropped = sorted(source["dropped"].items(), key=lambda item: -item[1]["bytes"])
-        named = [f"{words(reason)} {percent(counts['bytes'], whole)}" for reason, counts in dropped]
+        named = [
+            f"{words(reason)} {percent(counts['bytes'], whole)}"
+            for reason, counts in dropped
+            if counts["bytes"]
+        ]
         rest = len(named) - NUM_REASONS_NAMED
         named = [*named[:NUM_REASONS_NAMED], f"{rest} more"] if rest > 0 else named
         name = source["source"]

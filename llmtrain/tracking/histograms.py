@@ -119,7 +119,8 @@ def _x_axis(histogram: Mapping[str, Any], *, has_zero: bool, has_above: bool) ->
     elif histogram["scale"] == "count":
         low, high = min(0.5, low), high + 0.5
     else:
-        low, high = min(0.0, low), max(high * 1.08, 0.05) if high < 1 else high
+        low, high = min(0.0, low), max(high * 1.08, 0.05)
+        high = 1.0 if has_above else min(high, 1.0) if max(values) <= 1 else high
     begin = LEFT + (ZERO_WIDTH + ZERO_GAP if has_zero else 0)
     end = WIDTH - RIGHT - (ZERO_WIDTH + ZERO_GAP if has_above else 0)
     return _Axis(low=low, high=high, begin=begin, end=end, is_log=is_log)

@@ -315,6 +315,7 @@ def test_histograms_have_their_thresholds_and_what_they_dropped(folder):
     assert "rules.min_words = 50: 30 dropped" in text
     assert "rules.max_words = 1000: 0 dropped" in text
     assert "at least 50" in text
+    assert "Words" in text
     assert "at most 1k" in text
     assert html.count('class="bound"') == 2
     assert "1 more signals, without a threshold" in text
@@ -384,6 +385,8 @@ def test_what_is_zero_or_beyond_the_axis_has_a_bar_of_its_own():
     assert len(bars_of(svg, "kept")) == 2
     assert len(bars_of(svg, "dropped")) == 2
     assert "&gt;1<" in svg
+    bound = {"reason": "r", "setting": "rules.r", "value": 0.2, "drops": "above", "source": ""}
+    assert "&gt;1<" in histogram_svg({**shown, "thresholds": [bound], "edges": [0.1, 0.97]})
     assert len(re.findall(">0<", svg)) == 2  # of the counts, and of the bar: the axis does not say it again
 
 
