@@ -107,6 +107,7 @@ def test_what_json_takes_is_taken(tmp_path: Path, line: bytes) -> None:
         b'{"text": "a"} {"text": "b"}',
         b'{"text": "a",}',
         b"[" * 500_000,
+        b'{"text": "' + b'\\"' * 2_000_000,
         b'{"a":' * 300_000,
     ],
 )
