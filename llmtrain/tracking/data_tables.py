@@ -38,6 +38,7 @@ class FunnelRow:
     by_documents: Piece
     share: str
     """Of the text that was read."""
+    document_share: str
     text: str
     documents: str
     tokens: str
@@ -116,6 +117,7 @@ def funnel_rows(passes: Sequence[Mapping[str, Any]], bytes_per_token: float | No
             by_bytes=pieces["bytes"],
             by_documents=pieces["documents"],
             share=percent(counts.get("bytes", 0), read["bytes"]),
+            document_share=percent(counts.get("documents", 0), read.get("documents", 0)),
             text=format_bytes(counts.get("bytes", 0)),
             documents=f"{counts.get('documents', 0):,}",
             tokens=tokens,

@@ -254,12 +254,12 @@ def test_findings_are_what_the_facts_say(folder):
 def test_the_funnel_tells_text_documents_and_tokens_of_every_reason(folder):
     text = page_of(folder).text
     for row in (
-        "read 100.0% 98.6 KiB 101 documents ≈25.2k tokens",
-        "broken json 1.0% 1000 B 1 documents ≈250 tokens",
-        "left after scan 99.0% 97.7 KiB 100 documents ≈25k tokens",
-        "too short 29.7% 29.3 KiB 30 documents ≈7.5k tokens",
-        "exact duplicate 9.9% 9.77 KiB 10 documents ≈2.5k tokens",
-        "kept 59.4% 58.6 KiB 60 documents 15k tokens",
+        "read 100.0% 100.0% 98.6 KiB 101 documents ≈25.2k tokens",
+        "broken json 1.0% 1.0% 1000 B 1 documents ≈250 tokens",
+        "left after scan 99.0% 99.0% 97.7 KiB 100 documents ≈25k tokens",
+        "too short 29.7% 29.7% 29.3 KiB 30 documents ≈7.5k tokens",
+        "exact duplicate 9.9% 9.9% 9.77 KiB 10 documents ≈2.5k tokens",
+        "kept 59.4% 59.4% 58.6 KiB 60 documents 15k tokens",
         "train 64 219 14,000 13,950",
     ):
         assert row in text
