@@ -257,6 +257,8 @@ class TrainQualityConfig:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.word_ngrams > 5:
+            raise ConfigError(f"word_ngrams={self.word_ngrams} must be at most 5: longer ones never repeat")
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate={self.learning_rate} must be above 0")
         if not 0 < self.held_out < 1:

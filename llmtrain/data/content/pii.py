@@ -70,7 +70,7 @@ _IPV4 = re.compile(
     rb"(?![\w+-]|\.[\w*])"
 )
 _VERSION_BEFORE = re.compile(
-    rb"(?:version|versions|ver\.?|release|rev\.?|revision|build|section|sect\.|chapter|figure|table|oid|"
+    rb"(?:\b(?:versions?|ver\.?|release|rev\.?|revision|build|section|sect\.|chapter|figure|table|oid)|"
     rb"[=<>~!]=|\xc2\xa7)[\s:\"'(]*\Z",
     re.IGNORECASE,
 )
@@ -98,7 +98,8 @@ _COUNTRY_CODES = frozenset(
 )
 _END_OF_NUMBER = rb"(?![\w%$+]|[.,:/-]\d|-\w|\s?[=*<])"
 _INTERNATIONAL = re.compile(
-    rb"(?<![\w.+*/=~-])\+(\d{10,15}|\d{1,4}(?:[ .-]?\(\d{1,5}\))?(?:[ .-]\d{2,9}){1,6}|"
+    rb"(?<![\w.+*/=~-])\+(?!\d+\.\d+(?![.\d]))"
+    rb"(\d{10,15}|\d{1,4}(?:[ .-]?\(\d{1,5}\))?(?:[ .-]\d)?(?:[ .-]\d{2,9}){1,6}|"
     rb"\d{1,3}[ .-]?\(\d{1,5}\)[ .-]?\d{3,9})" + _END_OF_NUMBER
 )
 _NORTH_AMERICAN = re.compile(
