@@ -170,5 +170,5 @@ def test_every_dependency_is_explained_and_nothing_else():
     text = (PROJECT / "docs/dependencies.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     explained = {name.strip() for row in rows for name in row.split(",")} - {"package"}
-    development = {name for name in declared("dev") if not name.startswith("types-")}
-    assert explained - {"types-*"} == declared() | declared("cluster") | declared("trafilatura") | development
+    others = {name for name in declared("dev") | declared("rivals") if not name.startswith("types-")}
+    assert explained - {"types-*"} == declared() | declared("cluster") | declared("trafilatura") | others
