@@ -26,7 +26,6 @@ from llmtrain.data.filters import chain
 from llmtrain.data.filters.config import EditsConfig, RulesConfig
 from llmtrain.data.text.edit import EDIT_SIGNALS, Edited, edit_lines
 from llmtrain.data.text.measure import EDITED_SIGNALS, SIGNALS, measure, measure_edited
-from llmtrain.data.text.signals import joined
 from llmtrain.data.text.words import Words, words_of_spans
 
 pytestmark = pytest.mark.slow
@@ -103,6 +102,13 @@ RULES: dict[str, dict[str, Any]] = {
     "duplicate_paragraph_chars at 0.002": {"max_duplicate_paragraph_char_fraction": 0.002},
     "duplicate_10gram at 0.01": {"max_duplicate_10gram_char_fraction": 0.01},
 }
+
+
+def joined(texts: list[bytes]) -> tuple[Any, Any]:
+    """Texts back to back, as the compiled loops take them."""
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return np.frombuffer(bytearray().join(texts), dtype=np.uint8), offsets
 
 
 class Theirs(NamedTuple):

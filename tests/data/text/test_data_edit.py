@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from llmtrain.data.filters.config import EditsConfig
 from llmtrain.data.text.edit import EDIT_REASONS, EDIT_SIGNALS, edit_lines
-from llmtrain.data.text.signals import joined
 from llmtrain.errors import DataError
 
 C4 = EditsConfig(
@@ -50,6 +49,13 @@ COUNTER = re.compile(
     r"\W*\d[,.\d]*[kmb]?\s+(?:likes|shares|comments|retweets|reposts|quotes|bookmarks|upvotes|downvotes|"
     r"downloads|views|followers)\W*"
 )
+
+
+def joined(texts: list[bytes]) -> tuple[Any, Any]:
+    """Texts back to back, as the compiled loops take them."""
+    offsets = np.zeros(len(texts) + 1, dtype=np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return np.frombuffer(bytearray().join(texts), dtype=np.uint8), offsets
 
 
 def edited(text: str, cfg: EditsConfig) -> tuple[str, dict[str, tuple[int, int]], dict[str, int]]:
