@@ -59,6 +59,29 @@ def hash_bytes(text: Any, eight: Any, start: Any, end: Any) -> Any:
 
 
 @compiled_lean
+def folded_ascii_hash(text: Any, eight: Any, start: Any, end: Any) -> Any:
+    """`hash_bytes` of the lower-cased bytes, all of them ASCII."""
+    length = end - start
+    state = _SEED
+    left = length
+    while left > 8:
+        state = absorbed(state, _lower_cased(load(text, eight, start)))
+        start += 8
+        left -= 8
+    return last_hash(state, _lower_cased(load(text, eight, start) << np.uint64(64 - 8 * left)), length)
+
+
+@compiled_lean
+def _lower_cased(block: Any) -> Any:
+    """Eight ASCII bytes, lower-cased."""
+    capitals = (block + _FROM_A) & ~(block + _PAST_Z) & HIGH
+    return block | (capitals >> np.uint64(2))
+
+
+_FROM_A, _PAST_Z = np.uint64(0x80 - ord("A")) * ONES, np.uint64(0x7F - ord("Z")) * ONES
+
+
+@compiled_lean
 def absorbed(state: Any, block: Any) -> Any:
     """The state of a hash after 8 more bytes, where at least one will follow."""
     state = (state ^ block) * PRIME

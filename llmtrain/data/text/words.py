@@ -27,6 +27,7 @@ from llmtrain.data.text.utf8 import (
     as_kernels_read,
     code_point_at,
     entry_of,
+    folded_ascii_hash,
     folded_hash,
     hash_bytes,
     load,
@@ -98,6 +99,8 @@ def words_of_spans(
     return Words(starts, ends, num_chars, kind, hashes, folded, word_offsets.astype(np.int64))
 
 
+_IS_CASED = 128
+"""Bit of `Words.kind` until its hashes are taken: lower-casing changes it."""
 _COLUMNS: tuple[type[Any], ...] = (np.int32, np.int32, np.int32, np.uint8, np.uint64, np.uint64)
 _LETTER, _DIGIT, _UNDERSCORE, _SPACE, _BEYOND, _MID_LETTER, _MID_NUMBER = (1 << bit for bit in range(7))
 _CONNECTS = _LETTER | _DIGIT | _UNDERSCORE
@@ -126,11 +129,32 @@ _CLASSES = _classes()
 
 
 @compiled_lean
-def _hashes(text: Any, eight: Any, start: Any, end: Any, flags: Any, lower_pages: Any, lower: Any) -> Any:
-    hashed = hash_bytes(text, eight, start, end)
-    if flags & unicode.CASED:
-        return hashed, folded_hash(text, start, end, lower_pages, lower)
-    return hashed, hashed
+def _hash_words(
+    text: Any,
+    eight: Any,
+    starts: Any,
+    ends: Any,
+    lower_pages: Any,
+    lower: Any,
+    num_chars: Any,
+    kinds: Any,
+    hashes: Any,
+    folded: Any,
+    first: Any,
+    last: Any,
+) -> None:
+    """Fill in the hashes of words first to last - 1, and clear their bit _IS_CASED."""
+    for word in range(first, last):
+        start, end = np.int64(starts[word]), np.int64(ends[word])
+        hashes[word] = hash_bytes(text, eight, start, end)
+        if not kinds[word] & _IS_CASED:
+            folded[word] = hashes[word]
+            continue
+        kinds[word] ^= _IS_CASED
+        if num_chars[word] == end - start:
+            folded[word] = folded_ascii_hash(text, eight, start, end)
+        else:
+            folded[word] = folded_hash(text, start, end, lower_pages, lower)
 
 
 @compiled_lean
@@ -140,6 +164,8 @@ def _kind(flags: Any) -> int:
         kind |= IS_ALPHABETIC
     if flags & (unicode.ALPHABETIC | unicode.NUMBER):
         kind |= IS_ALPHANUMERIC
+    if flags & unicode.CASED:
+        kind |= _IS_CASED
     return kind
 
 
@@ -158,7 +184,7 @@ def _describe(
     hashes: Any,
     folded: Any,
 ) -> None:
-    """Fill in characters, kind and hashes of spans."""
+    """Fill in what there is to know of spans."""
     for word in range(len(starts)):
         start: Any = np.int64(starts[word])
         end: Any = np.int64(ends[word])
@@ -168,9 +194,11 @@ def _describe(
             flags |= entry_of(code, pages, entries)
             at += width
             chars += 1
-        hashes[word], folded[word] = _hashes(text, eight, start, end, flags, lower_pages, lower)
         num_chars[word] = chars
         kinds[word] = _kind(flags)
+    _hash_words(
+        *(text, eight, starts, ends, lower_pages, lower, num_chars, kinds, hashes, folded, 0, len(starts))
+    )
 
 
 @compiled_lean
@@ -233,7 +261,6 @@ def _split(
     word_offsets[0] = 0
     for document in range(len(offsets) - 1):
         at, end = offsets[document], offsets[document + 1]
-        symbol_flags = -1  # of the last word, if it is a symbol segment, which may grow and has no hash yet
         while at < end:
             first = stop = at
             flags = 0
@@ -275,38 +302,24 @@ def _split(
             at = stop
             if first < 0:
                 continue
-            is_symbol = not flags & (unicode.ALPHABETIC | unicode.NUMBER)
-            if symbol_flags >= 0:
+            kind = _kind(flags)
+            if not kind & IS_ALPHANUMERIC and filled > word_offsets[document]:
                 word = filled - 1
-                if is_symbol and ends[word] == first:
-                    symbol_flags |= flags
+                if ends[word] == first and not kinds[word] & IS_ALPHANUMERIC:
                     ends[word] = last
                     num_chars[word] += chars
-                    kinds[word] = _kind(symbol_flags)
+                    kinds[word] |= kind
                     continue
-                hashes[word], folded[word] = _hashes(
-                    text,
-                    eight,
-                    np.int64(starts[word]),
-                    np.int64(ends[word]),
-                    symbol_flags,
-                    lower_pages,
-                    lower,
-                )
             if filled == len(starts):
                 return False
             starts[filled] = first
             ends[filled] = last
             num_chars[filled] = chars
-            kinds[filled] = _kind(flags)
-            symbol_flags = flags if is_symbol else -1
-            if not is_symbol:
-                hashes[filled], folded[filled] = _hashes(text, eight, first, last, flags, lower_pages, lower)
+            kinds[filled] = kind
             filled += 1
-        if symbol_flags >= 0:
-            word = filled - 1
-            hashes[word], folded[word] = _hashes(
-                text, eight, np.int64(starts[word]), np.int64(ends[word]), symbol_flags, lower_pages, lower
-            )
+        _hash_words(
+            *(text, eight, starts, ends, lower_pages, lower, num_chars, kinds, hashes, folded),
+            *(word_offsets[document], filled),
+        )
         word_offsets[document + 1] = filled
     return True

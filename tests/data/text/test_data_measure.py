@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from llmtrain.data.text import measure as kernels
 from llmtrain.data.text import unicode_tables as unicode
 from llmtrain.data.text.measure import EDITED_SIGNALS, SIGNALS, STOP_WORDS, measure, measure_edited
-from llmtrain.data.text.signals import joined
-from llmtrain.data.text.words import IS_ALPHABETIC, IS_WORD, split_words, words_of_spans
+from llmtrain.data.text.utf8 import Bytes
+from llmtrain.data.text.words import IS_ALPHABETIC, IS_WORD, Offsets, split_words, words_of_spans
 
 PIECES = (
     *(
@@ -76,6 +76,12 @@ TEXT = (
 )
 """Cn: characters younger than this Python's Unicode, which our tables know."""
 REPETITIVE = st.lists(st.sampled_from("aaabbc"), max_size=80).map(" ".join)
+
+
+def joined(texts: list[bytes]) -> tuple[Bytes, Offsets]:
+    """Texts back to back, and where each begins and the last ends."""
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    return np.frombuffer(bytearray().join(texts), dtype=np.uint8), offsets
 
 
 def repeats(items: list[str]) -> tuple[int, int]:

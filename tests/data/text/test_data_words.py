@@ -10,12 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.text import unicode_tables as unicode
-from llmtrain.data.text.signals import joined
 from llmtrain.data.text.unicode_tables import entry_of
+from llmtrain.data.text.utf8 import Bytes
 from llmtrain.data.text.words import (
     IS_ALPHABETIC,
     IS_ALPHANUMERIC,
     IS_WORD,
+    Offsets,
     Words,
     split_words,
     words_of_spans,
@@ -26,6 +27,12 @@ MIXED = (
 )
 ASCII = "aaaabbZ019_.,:;'\"- \n\t()"
 TEXT = st.text(alphabet=MIXED, max_size=60) | st.text(alphabet=ASCII, max_size=120) | st.text(max_size=40)
+
+
+def joined(texts: list[bytes]) -> tuple[Bytes, Offsets]:
+    """Texts back to back, and where each begins and the last ends."""
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    return np.frombuffer(bytearray().join(texts), dtype=np.uint8), offsets
 
 
 def split(*texts: str) -> Words:
