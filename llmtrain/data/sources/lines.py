@@ -35,8 +35,8 @@ MAX_JSON_STRUCTURE_BYTES = 4 << 20
 """What a large line may have besides the insides of its strings: `[],[],...` and `"ab","ab",...` take over 20
 times as much memory once they are parsed, so this much takes 100 MB."""
 _JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)', re.DOTALL)
-"""Possessive, for else a hundred megabytes of escapes take gigabytes; a string without an end goes to the end of
-the line, so that no byte is looked at twice."""
+"""Possessive, for else a hundred megabytes of escapes take gigabytes; a string without an end goes to the
+end of the line, so that no byte is looked at twice."""
 _DEEP = "Recursion limit reached"
 """What orjson says of JSON that is nested beyond 1024 levels."""
 
