@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain.data.filters.config import EditsConfig
-from llmtrain.data.text.kernels import compiled
+from llmtrain.data.text.kernels import compiled_lean
 from llmtrain.data.text.sentences import (
     CLASS,
     IS_DECIMAL,
@@ -153,7 +153,10 @@ def edit_lines(text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], cfg:
     table, mark_bytes = sentence_tables()
     marks = np.array(sorted({ord(mark) for mark in cfg.terminal_marks or ""}), dtype=np.int64)
     removed = np.zeros((2, len(EDIT_REASONS), num_documents), dtype=np.int64)
-    out, out_offsets, is_changed = _edit(
+    out = np.empty(len(text), dtype=np.uint8)
+    out_offsets = np.zeros(num_documents + 1, dtype=np.int64)
+    is_changed = np.zeros(num_documents, dtype=np.bool_)
+    _edit(
         text,
         offsets,
         switches,
@@ -162,11 +165,14 @@ def edit_lines(text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], cfg:
         mark_bytes,
         marks,
         _automaton(cfg.bad_words_file),
+        out,
+        out_offsets,
+        is_changed,
         removed,
         flags,
     )
     return Edited(
-        text=out,
+        text=out[: out_offsets[-1]],
         offsets=out_offsets,
         is_changed=is_changed,
         removed={
@@ -318,7 +324,7 @@ _NOUNS = _bytes_of(
 """What counters count (dclm modifiers.py, counter_line_modifier)."""
 
 
-@compiled
+@compiled_lean
 def _is_at(text: Any, at: int, begin: int, end: int, phrase: Any) -> bool:
     """Whether the phrase stands at `at`, in any case of its ASCII letters."""
     if at < begin or at + len(phrase) > end:
@@ -332,7 +338,7 @@ def _is_at(text: Any, at: int, begin: int, end: int, phrase: Any) -> bool:
     return True
 
 
-@compiled
+@compiled_lean
 def _phrase_around(text: Any, at: Any, begin: int, end: int) -> int:
     """The bit of the phrase whose rare letter stands at `at`."""
     byte = text[at] | 0x20
@@ -355,7 +361,7 @@ def _phrase_around(text: Any, at: Any, begin: int, end: int) -> int:
     return _POLICY if is_policy else 0
 
 
-@compiled
+@compiled_lean
 def _scan(
     text: Any, begin: int, end: int, flags: Any, followers: Any, enough: int, all_line_ends: bool
 ) -> Any:
@@ -419,7 +425,7 @@ def _scan(
         at += one
 
 
-@compiled
+@compiled_lean
 def _copy(text: Any, begin: int, end: int, out: Any, filled: int) -> int:
     """Copy text[begin:end] to out[filled:], which may be the same array further on; where the copy ends."""
     source, target = np.uintp(begin), np.uintp(filled)
@@ -428,7 +434,7 @@ def _copy(text: Any, begin: int, end: int, out: Any, filled: int) -> int:
     return filled + end - begin
 
 
-@compiled
+@compiled_lean
 def _space_before(text: Any, begin: int, end: int, table: Any) -> int:
     """Bytes of the white space character that ends at `end`; 0 for any other."""
     if end <= begin:
@@ -440,7 +446,7 @@ def _space_before(text: Any, begin: int, end: int, table: Any) -> int:
     return end - at if character(code, table) & CLASS == SPACE else 0
 
 
-@compiled
+@compiled_lean
 def _stripped(text: Any, begin: int, end: int, table: Any) -> Any:
     """The span without the white space at its ends."""
     while begin < end:
@@ -460,7 +466,7 @@ def _stripped(text: Any, begin: int, end: int, table: Any) -> Any:
     return begin, end
 
 
-@compiled
+@compiled_lean
 def _has_long_word(text: Any, begin: int, end: int, most: int, table: Any) -> bool:
     num_chars = 0
     at = begin
@@ -473,7 +479,7 @@ def _has_long_word(text: Any, begin: int, end: int, most: int, table: Any) -> bo
     return False
 
 
-@compiled
+@compiled_lean
 def _without_citations(text: Any, begin: int, end: int, out: Any, filled: int, table: Any) -> Any:
     """Copy to out[filled:] all but the citations; where the copy ends."""
     at = begin
@@ -507,7 +513,7 @@ def _without_citations(text: Any, begin: int, end: int, out: Any, filled: int, t
     return filled
 
 
-@compiled
+@compiled_lean
 def _ends_in_mark(text: Any, begin: int, end: int, marks: Any) -> bool:
     """Whether the last character is a terminal mark, and the line does not end in `...`."""
     if end == begin:
@@ -524,7 +530,7 @@ def _ends_in_mark(text: Any, begin: int, end: int, marks: Any) -> bool:
     return False
 
 
-@compiled
+@compiled_lean
 def _profile(text: Any, begin: int, end: int, table: Any) -> Any:
     """Characters, capitals, digits, words on white space, and those that begin with a letter or digit."""
     num_chars = num_upper = num_digits = num_words = num_counted = 0
@@ -545,7 +551,7 @@ def _profile(text: Any, begin: int, end: int, table: Any) -> Any:
     return num_chars, num_upper, num_digits, num_words, num_counted
 
 
-@compiled
+@compiled_lean
 def _is_counter(text: Any, begin: int, end: int, table: Any) -> bool:
     r"""Whether the line is a number, with k, m or b after it, and what it counts; signs around do not matter:
     `^\W*\d[,.\d]*[kmb]?\s+(likes|...)\W*$`."""
@@ -594,7 +600,7 @@ def _is_counter(text: Any, begin: int, end: int, table: Any) -> bool:
     return False
 
 
-@compiled
+@compiled_lean
 def _without_navigation(text: Any, begin: int, end: int, table: Any) -> int:
     """Take the phrases, and one white space beside each, out of text[begin:end] in place; where it ends."""
     filled = begin
@@ -625,7 +631,7 @@ def _without_navigation(text: Any, begin: int, end: int, table: Any) -> int:
     return end
 
 
-@compiled
+@compiled_lean
 def _count_bad_words(text: Any, begin: int, end: int, bad: Any, inside_words: bool, table: Any) -> int:
     """Words of the list in one line, between characters that are no part of a word unless `inside_words`."""
     count = 0
@@ -655,7 +661,7 @@ def _count_bad_words(text: Any, begin: int, end: int, bad: Any, inside_words: bo
     return count
 
 
-@compiled
+@compiled_lean
 def _edit(
     text: Any,
     offsets: Any,
@@ -665,14 +671,14 @@ def _edit(
     mark_bytes: Any,
     marks: Any,
     bad: Any,
+    out: Any,
+    out_offsets: Any,
+    is_changed: Any,
     removed: Any,
     signals: Any,
-) -> Any:
-    """Fills `removed` [2: lines and bytes, reasons, documents] and `signals`; returns the edited batch."""
+) -> None:
+    """Fills `out` to `out_offsets[-1]`, `removed` [2: lines and bytes, reasons, documents] and the others."""
     num_documents = len(offsets) - 1
-    out = np.empty(len(text), dtype=np.uint8)
-    out_offsets = np.zeros(num_documents + 1, dtype=np.int64)
-    is_changed = np.zeros(num_documents, dtype=np.bool_)
     lines, num_bytes = removed[0], removed[1]
     followers = _FOLLOWERS
     enough = max(on.min_words, 1)
@@ -801,4 +807,3 @@ def _edit(
             filled = text_end
         out_offsets[document + 1] = filled
         is_changed[document] = changed
-    return out[:filled], out_offsets, is_changed

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain.data.text import unicode_tables
-from llmtrain.data.text.kernels import compiled
+from llmtrain.data.text.kernels import compiled_lean
 
 _S_TERM = (
     "21 3F 589 61D-61F 6D4 700-702 7F9 837 839 83D-83E 964-965 104A-104B 1362 1367-1368 166E 1735-1736 "
@@ -113,7 +113,7 @@ def sentence_tables() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.bool_]]:
     return character_table(), _mark_bytes()
 
 
-@compiled
+@compiled_lean
 def decode(text: Any, at: Any) -> Any:
     """Code point at `at`, and its width in bytes. The text is valid UTF-8."""
     byte = np.int64(text[at])
@@ -127,7 +127,7 @@ def decode(text: Any, at: Any) -> Any:
     return code | (np.int64(text[at + 2]) & 0x3F) << 6 | (np.int64(text[at + 3]) & 0x3F), 4
 
 
-@compiled
+@compiled_lean
 def character(code: Any, table: Any) -> Any:
     """A character's entry in the table; ideographs beyond it are letters."""
     if code < TABLE_SIZE:
@@ -135,7 +135,7 @@ def character(code: Any, table: Any) -> Any:
     return IS_WORD | LETTER if code <= 0x323AF else EXTEND if 0xE0001 <= code <= 0xE01EF else OTHER
 
 
-@compiled
+@compiled_lean
 def _class_before(text: Any, begin: int, at: int, table: Any) -> Any:
     """Class of the last character in text[begin:at] that is not combining."""
     while at > begin:
@@ -149,7 +149,7 @@ def _class_before(text: Any, begin: int, at: int, table: Any) -> Any:
     return OTHER
 
 
-@compiled
+@compiled_lean
 def _is_small_letter_next(text: Any, at: int, end: int, table: Any) -> bool:
     """Whether the next letter is a small one, with no mark before it (SB8)."""
     while at < end:
@@ -163,7 +163,7 @@ def _is_small_letter_next(text: Any, at: int, end: int, table: Any) -> bool:
     return False
 
 
-@compiled
+@compiled_lean
 def count_sentences(text: Any, begin: int, end: int, table: Any, mark_bytes: Any) -> Any:
     """Sentences in one line, text[begin:end]: 0 for white space alone."""
     count = 0
