@@ -70,7 +70,8 @@ _IPV4 = re.compile(
     rb"(?![\w+-]|\.[\w*])"
 )
 _VERSION_BEFORE = re.compile(
-    rb"(?:\b(?:versions?|ver\.?|release|rev\.?|revision|build|section|sect\.|chapter|figure|table|oid)|"
+    rb"(?:\b(?:versions?|ver\.?|release|rev\.?|revision|build|section|sect\.|chapter|figure|table|oid|v8 to|"
+    rb"(?:up|down)(?:grad|dat)e[sd]?(?: \w+)? to|chrom(?:e|ium)|firefox|opera|linux)|"
     rb"[=<>~!]=|\xc2\xa7)[\s:\"'(]*\Z",
     re.IGNORECASE,
 )
@@ -79,7 +80,7 @@ _ADDRESS_BEFORE = re.compile(
     rb"\bcurl|://|@)[\s:=\"'(]*\Z",
     re.IGNORECASE,
 )
-_ADDRESS_AFTER = re.compile(rb":[1-9]\d{0,4}\b|/(?:[89]|[12]\d|3[0-2])\b")
+_ADDRESS_AFTER = re.compile(rb":[1-9]\d{0,4}\b|/(?:1[6-9]|2\d|3[0-2])\b")
 _IPV6 = re.compile(
     rb"(?<![\w:.])([23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,40}(?<!:)|[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]*::)(?![\w:])"
 )
