@@ -6,6 +6,7 @@ the length of texts, not the size of a row group.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -138,14 +139,35 @@ def _read_row_group(piece: Slice, digest: Digest, cfg: CorpusConfig) -> Iterator
             number += 1
         if number == file.metadata.num_row_groups:
             return
-        group = file.metadata.row_group(number)
-        num_bytes = _hash_columns(piece.path, group, digest, cfg)
-        batch_rows = BATCH_BYTES // max(1, num_bytes["unpacked"] // max(1, group.num_rows))
+        num_rows = max(1, file.metadata.row_group(number).num_rows)
+        row_bytes = max(1, file.metadata.row_group(number).total_byte_size // num_rows)
         batches = file.iter_batches(
-            batch_size=min(max(1, batch_rows), MAX_ROWS_A_BATCH), row_groups=[number], columns=cfg.columns
+            batch_size=min(max(1, BATCH_BYTES // row_bytes), MAX_ROWS_A_BATCH),
+            row_groups=[number],
+            columns=cfg.columns,
         )
-        limit = max(EXPANSION_FLOOR_BYTES, cfg.max_expansion * num_bytes["packed"])
-        yield from _bounded(rows(batches, piece.start, cfg), limit)
+        share = num_rows / max(num_rows, file.metadata.num_rows)
+        limit = share * max(EXPANSION_FLOOR_BYTES, cfg.max_expansion * _file_bytes(piece.path))
+        yield from _bounded(rows(_hashed(batches, piece.start, digest), piece.start, cfg), limit)
+
+
+def _file_bytes(path: str) -> int:
+    with open_file(path) as handle:
+        return handle.seek(0, io.SEEK_END)
+
+
+def _hashed(batches: Iterator[pa.RecordBatch], first_row: int, digest: Digest) -> Iterator[pa.RecordBatch]:
+    """Hash the columns as they come out. Their raw bytes could be hashed only by asking Arrow where they lie,
+    and on a damaged footer that ends the process (pyarrow 26.0.1, RowGroupMetaData.column)."""
+    row = first_row
+    for batch in batches:
+        plain = [
+            column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            for column in batch.columns
+        ]
+        digest.add(row, pa.record_batch(plain, names=batch.schema.names).serialize())
+        row += batch.num_rows
+        yield batch
 
 
 def _bounded(records: Iterator[Record], limit: float) -> Iterator[Record]:
@@ -154,35 +176,9 @@ def _bounded(records: Iterator[Record], limit: float) -> Iterator[Record]:
         if isinstance(record, Document):
             num_bytes += len(record.text)
             if num_bytes > limit:
-                detail = f"a row group whose texts are longer than {limit:,.0f} bytes"
+                detail = f"a row group whose texts have more than {limit:,.0f} bytes"
                 raise BadInput("zip_bomb", f"{detail}; raise corpus.max_expansion if that is right")
         yield record
-
-
-def _hash_columns(path: str, group: Any, digest: Digest, cfg: CorpusConfig) -> dict[str, int]:
-    """Hash the raw bytes of the columns that are asked for; returns their sizes, packed and unpacked."""
-    sizes = {"packed": 0, "unpacked": 0}
-    with open_file(path) as handle:
-        for number in range(group.num_columns):
-            column = group.column(number)
-            name = column.path_in_schema
-            if not any(name == wanted or name.startswith(f"{wanted}.") for wanted in cfg.columns):
-                continue
-            start = column.data_page_offset
-            if column.has_dictionary_page and column.dictionary_page_offset is not None:
-                start = min(start, column.dictionary_page_offset)
-            sizes["packed"] += max(0, column.total_compressed_size)
-            sizes["unpacked"] += max(0, column.total_uncompressed_size)
-            _hash_range(handle, max(0, start), max(0, column.total_compressed_size), digest)
-    return sizes
-
-
-def _hash_range(handle: Any, start: int, num_bytes: int, digest: Digest) -> None:
-    handle.seek(start)
-    while num_bytes and (block := handle.read(min(BUFFER_BYTES, num_bytes))):
-        digest.add(start, block)
-        start += len(block)
-        num_bytes -= len(block)
 
 
 def rows(batches: Iterator[pa.RecordBatch], first_row: int, cfg: CorpusConfig) -> Iterator[Record]:
