@@ -152,7 +152,7 @@ DISTRIBUTION_OF = {
     "dask_jobqueue": "dask-jobqueue",
 }
 """Packages whose import has another name than what is installed, or comes with another one."""
-RIVALS = {"transformers"}
+RIVALS = {"transformers", "datatrove", "loguru"}
 """Imported by benchmarks only, and installed by those who run them."""
 
 
@@ -170,5 +170,6 @@ def test_every_dependency_is_explained_and_nothing_else():
     text = (PROJECT / "docs/dependencies.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     explained = {name.strip() for row in rows for name in row.split(",")} - {"package"}
-    others = {name for name in declared("dev") | declared("rivals") if not name.startswith("types-")}
-    assert explained - {"types-*"} == declared() | declared("cluster") | declared("trafilatura") | others
+    development = {name for name in declared("dev") if not name.startswith("types-")}
+    extras = declared("cluster") | declared("trafilatura") | declared("rivals")
+    assert explained - {"types-*"} == declared() | extras | development

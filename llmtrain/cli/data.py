@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -20,18 +22,18 @@ def prepare(cfg: DataConfig) -> None:
     """Run the passes and print the funnel."""
     report = run(cfg)
     console = Console(highlight=False, width=None)
-    console.print(funnel_table(report.manifest))
+    console.print(funnel_table(cfg.corpus.name, report.funnel))
     for line in summary_lines(report):
         console.print(line, soft_wrap=True)
 
 
-def funnel_table(manifest: Manifest) -> Table:
+def funnel_table(corpus: str, funnel: list[dict[str, Any]]) -> Table:
     """What each pass took in, kept and dropped, by reason."""
-    table = Table(title=f"What became of corpus {manifest.corpus}", title_justify="left")
+    table = Table(title=f"What became of corpus {corpus}", title_justify="left")
     table.add_column("pass")
     for heading in ("documents", "text", "share"):
         table.add_column(heading, justify="right")
-    for entry in manifest.funnel:
+    for entry in funnel:
         if entry["pass"] not in ("scan", "decide"):
             continue
         into = entry["in"]
@@ -43,8 +45,29 @@ def funnel_table(manifest: Manifest) -> Table:
 
 
 def summary_lines(report: Report) -> list[str]:
-    """Tokens, bytes per token, where it lies, what to type next."""
-    manifest = report.manifest
+    """What was written, how long it took, what to type next."""
+    lines = []
+    if report.manifest is not None:
+        lines += _shard_lines(report.manifest)
+    for split in ("train", "held_out"):
+        if files := [file for file in report.documents if file.split == split]:
+            num_documents = sum(file.num_documents for file in files)
+            text, written = (
+                format_bytes(sum(getattr(f, n) for f in files)) for n in ("text_bytes", "num_bytes")
+            )
+            where = f"{len(files)} Parquet files of {written}"
+            lines.append(f"{split:<9} {num_documents:,} documents, {text} of text in {where}")
+    times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in report.seconds.items())
+    lines.append(f"time      {times}")
+    listing = "manifest.json" if report.manifest else "documents.json" if report.documents else "facts.json"
+    lines.append(f"in        {report.out} ({listing} says what is there)")
+    if report.manifest is not None:
+        lines.append(f"next      llmtrain train +experiment=demo data.folder={report.out}")
+    lines.append(f"look      llmtrain report folder={report.out}")
+    return lines
+
+
+def _shard_lines(manifest: Manifest) -> list[str]:
     lines = []
     for split in manifest.splits[::-1]:
         shards = manifest.split_shards(split)
@@ -61,10 +84,6 @@ def summary_lines(report: Report) -> list[str]:
         f"tokenizer {manifest.tokenizer.vocab_size:,} pieces; of {checks['checked_documents']:,} documents "
         f"encoded again by SentencePiece {checks['differing_documents']} differ"
     )
-    times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in report.seconds.items())
-    lines.append(f"time      {times}")
-    lines.append(f"in        {report.out} (manifest.json says what is there)")
-    lines.append(f"next      llmtrain train +experiment=demo data.folder={report.out}")
     return lines
 
 

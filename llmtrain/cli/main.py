@@ -20,13 +20,14 @@ VERBS = {
 PARTS = {
     "data explain": "every signal, rule and verdict of one document",
     "data trace": "from a token back to its document and file",
+    "data train-quality": "a classifier of good documents, in the format of fastText",
 }
 """What a verb's second word may be. Module and root YAML join both by an underscore."""
 
 
 def usage() -> str:
     lines = ["usage: llmtrain VERB [key=value ...]", ""]
-    lines += [f"  {verb:<12} {purpose}" for verb, purpose in sorted({**VERBS, **PARTS}.items(), key=_place)]
+    lines += [f"  {verb:<18} {purpose}" for verb, purpose in sorted({**VERBS, **PARTS}.items(), key=_place)]
     lines += ["", "`llmtrain VERB --help` shows every setting of a verb; `--cfg job` the composed config."]
     return "\n".join(lines)
 

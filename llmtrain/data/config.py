@@ -3,14 +3,26 @@ stdlib only."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from llmtrain.data.content.config import ContentConfig
+from llmtrain.data.dedup.config import DedupConfig
 from llmtrain.data.engines.config import EngineConfig
-from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.filters.config import EditsConfig, RulesConfig, check_rules
 from llmtrain.data.sources.config import CorpusConfig
 from llmtrain.errors import ConfigError
+from llmtrain.files import plain
+
+
+class StopAfter(Enum):
+    decide = "decide"
+    """Verdicts, facts and the report; no text is written."""
+    documents = "documents"
+    """Kept documents as Parquet files, listed in documents.json."""
+    pack = "pack"
+    """Shards of tokens and packs, listed in manifest.json."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +70,21 @@ class TokenizerConfig:
 
 
 @dataclass(kw_only=True)
+class DocumentsConfig:
+    """Parquet files of kept documents; only with stop_after=documents."""
+
+    file_bytes: int = 512 << 20
+    """Text a file."""
+    zstd_level: int = 3
+
+    def __post_init__(self) -> None:
+        if self.file_bytes < 1:
+            raise ConfigError(f"documents.file_bytes={self.file_bytes} must be at least 1")
+        if not 1 <= self.zstd_level <= 22:
+            raise ConfigError(f"documents.zstd_level={self.zstd_level} must lie in 1..22")
+
+
+@dataclass(kw_only=True)
 class ShardsConfig:
     text_bytes: int | None = None
     """Text a shard; null: a 64th of the corpus, but 8 MiB to 1 GiB."""
@@ -82,12 +109,17 @@ class DataConfig:
     """Everything `llmtrain data` needs."""
 
     corpus: CorpusConfig
+    edits: EditsConfig = field(default_factory=EditsConfig)
+    content: ContentConfig = field(default_factory=ContentConfig)
     rules: RulesConfig = field(default_factory=RulesConfig)
+    dedup: DedupConfig = field(default_factory=DedupConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     pack: PackConfig = field(default_factory=PackConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    stop_after: StopAfter = StopAfter.pack
     max_quarantine_share: float = 0.01
     """Share of records that may be bad; above it the run stops and says where they lie."""
     out: str
@@ -96,20 +128,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.max_quarantine_share <= 1:
             raise ConfigError(f"max_quarantine_share={self.max_quarantine_share} must lie in 0..1")
+        check_rules(self.rules, self.edits)
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the output's bytes, as JSON values: all but `engine`, `out` and the
-        share."""
-        values = asdict(self)
-        for name in ("engine", "out", "max_quarantine_share"):
+        """The settings that decide the output's bytes, as JSON values."""
+        values: dict[str, Any] = plain(self)
+        for name in ("engine", "out", "max_quarantine_share", "stop_after"):
             del values[name]
-        plain: dict[str, Any] = _plain(values)
-        return plain
-
-
-def _plain(value: Any) -> Any:  # Any: a tree of settings
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.name if isinstance(value, Enum) else value
+        for name in ("partition_bytes", "write_index", "max_source_removal", "min_source_documents"):
+            del values["dedup"][name]
+        del values["dedup"]["near"]["sample_pairs"]
+        return values

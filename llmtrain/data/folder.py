@@ -13,10 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain.data.manifest import MANIFEST_NAME
-from llmtrain.files import LOCK_FILE, read_json, write_json
+from llmtrain.files import LOCK_FILE, hash_json, read_json, write_json
 
-PARTS = ("docs", "packs", "quarantine", "shards", "signals", "tokenizer", "verdicts")
+PARTS = (
+    "docs", "documents", "index", "lines", "matches", "ngrams", "packs", "quarantine", "shards", "signals",
+    "signatures", "tokenizer", "verdicts",
+)  # fmt: skip
 """Folders that a run makes. What else lies in a data folder is somebody else's."""
+LISTINGS = (MANIFEST_NAME, "documents.json", "facts.json", "input.json", "report.html")
+"""Files that it makes beside them."""
+KEY_LETTERS = 16
+
+
+def key_of(**parts: Any) -> str:
+    """Name of a folder: the hash of everything that decides what goes into it."""
+    return hash_json(parts)[:KEY_LETTERS]
 
 
 def write_done(done: Path, summary: dict[str, Any], files: Iterable[Path]) -> None:
@@ -43,7 +54,7 @@ def is_output(out: Path, path: Path) -> bool:
         inside = path.resolve().relative_to(out.resolve())
     except ValueError:
         return False
-    return inside.parts[0] in (*PARTS, LOCK_FILE, MANIFEST_NAME)
+    return inside.parts[0] in (*PARTS, *LISTINGS, LOCK_FILE)
 
 
 def remove_leftovers(out: Path) -> None:
@@ -51,5 +62,6 @@ def remove_leftovers(out: Path) -> None:
     for part in PARTS:
         for path in (out / part).rglob(".*.tmp-*"):
             path.unlink(missing_ok=True)
-    for path in out.glob(f".{MANIFEST_NAME}.tmp-*"):
-        path.unlink(missing_ok=True)
+    for name in LISTINGS:
+        for path in out.glob(f".{name}.tmp-*"):
+            path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""The passes in order: scan, decide, tokenize, pack. `run` reads top to bottom.
+"""The passes in order: scan, decide, then documents, or tokenize and pack. `run` reads top to bottom.
 
 Every folder is keyed by the hash of its own settings and of its input, and every finished unit leaves a
 file that says so. A run that was killed goes on where it was; a changed setting never meets stale
-output. Keys from `verdicts` on depend on the documents, not on how the scan was cut, so work units and
+output. Keys after `verdicts` depend on the documents, not on how the scan was cut, so work units and
 workers leave no trace in the output.
 """
 
@@ -14,21 +14,27 @@ import logging
 import platform
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import zstandard
 
-from llmtrain.data.config import DataConfig, TokenizerConfig
-from llmtrain.data.decide import DECIDE_VERSION, split_order
+from llmtrain.data.config import DataConfig, StopAfter
+from llmtrain.data.content.config import ContentConfig
+from llmtrain.data.decide import decide
+from llmtrain.data.document import BAD_REASONS, SKIP_REASONS
 from llmtrain.data.engines.engine import Engine, make_engine
-from llmtrain.data.folder import read_done, remove_leftovers, write_done
+from llmtrain.data.export import EXPORT_VERSION, DocumentsFile, ExportTask, export_documents
+from llmtrain.data.facts import FACTS_NAME, write_facts
+from llmtrain.data.flow import check_closes
+from llmtrain.data.folder import key_of, read_done, remove_leftovers, write_done
 from llmtrain.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -40,41 +46,37 @@ from llmtrain.data.manifest import (
 from llmtrain.data.pack import plan_rows, write_pack
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
+from llmtrain.data.signals import SignalsConfig, warm_up
 from llmtrain.data.sources import python_docs
 from llmtrain.data.sources.config import CorpusConfig
 from llmtrain.data.sources.read import plan_units
-from llmtrain.data.sources.slices import Plan, Unit
-from llmtrain.data.text import kernels
-from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, texts_of, tokenize_shard
+from llmtrain.data.sources.slices import Plan, Unit, file_digests
+from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, tokenize_shard
 from llmtrain.data.tokenizer import words
-from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, MODEL_NAME, Tokenizer
-from llmtrain.data.tokenizer.train import KIND, TRAIN_VERSION, train_tokenizer
-from llmtrain.data.verdicts import (
-    SPLITS,
-    Scanned,
-    check_closes,
-    check_quarantine,
-    digests,
-    draw,
-    load_bad_records,
-    load_signals,
-    scan_funnel,
-    write_verdicts,
-)
+from llmtrain.data.verdicts import SPLITS, Scanned, Verdicts, cut_at
+from llmtrain.data.vocabulary import choose_tokenizer
 from llmtrain.errors import DataError, LaunchError
-from llmtrain.files import FolderLock, atomic_write, free_bytes, hash_file, hash_json
+from llmtrain.files import (
+    FolderLock,
+    atomic_write,
+    free_bytes,
+    hash_file,
+    hash_json,
+    plain,
+    read_json,
+    write_json,
+)
 from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
 
-KEY_LETTERS = 16
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TEXT_OF_SOURCE = 0.22
 """First guess at text bytes a source byte of Python, measured on the packages of this project's
 environment."""
-EXACTNESS_PROBE = "a  b\t\n c\uff11\ufb01 "
-"""What tokenizers that normalise or trim do not give back: runs of white space, compatibility characters."""
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES, NUM_SHARDS_AIM = 8 << 20, 1 << 30, 64
+DOCUMENTS_NAME = "documents.json"
+INPUT_NAME = "input.json"
 
 
 @dataclass(kw_only=True)
@@ -82,7 +84,14 @@ class Report:
     """What a run did, for people."""
 
     out: Path
-    manifest: Manifest
+    funnel: list[dict[str, Any]]
+    manifest: Manifest | None = None
+    """None: the run stopped before there were shards."""
+    documents: list[DocumentsFile] = field(default_factory=list)
+    """Parquet files of kept documents, where the run ended with them."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """By source, of all splits."""
+    peak_worker_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by pass."""
     cpu_seconds: dict[str, float] = field(default_factory=dict)
@@ -90,48 +99,71 @@ class Report:
 
 
 def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
-    """Turn a corpus into shards, packs and a manifest in `cfg.out`.
+    """Turn a corpus into shards, packs and a manifest in `cfg.out`; or, as `cfg.stop_after` says, into
+    documents or verdicts only.
 
     Raises:
         DataError: nothing to read, too many bad records, nothing left, no space, a vocabulary that does
         not fit; `cfg.out` cannot be written. LaunchError: another process is writing the folder.
     """
     out = Path(cfg.out)
-    report_times: dict[str, tuple[float, float]] = {}
+    times: dict[str, tuple[float, float]] = {}
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
         wall, cpu = time.monotonic(), time.process_time()
         yield
-        report_times[name] = (time.monotonic() - wall, time.process_time() - cpu)
+        times[name] = (time.monotonic() - wall, time.process_time() - cpu)
 
-    with _disk_full_explained(out), _locked(out):
+    with _disk_full_explained(out), _locked(out), make_engine(cfg.engine) as engine:
         remove_leftovers(out)
-        engine = make_engine(cfg.engine)
+        engine.share(out)
         with timed("compile"):
-            _warm_up()
+            _warm_up(cfg)
         with timed("scan"):
             scanned = _scan(cfg, out, engine, quiet=quiet)
         with timed("decide"):
-            verdicts_folder, decided = _decide(cfg, out, scanned)
-        with timed("train tokenizer"):
-            tokenizer_entry = _tokenizer(
-                cfg.tokenizer, out, scanned.key, verdicts_folder, decided, quiet=quiet
-            )
-        with timed("tokenize"):
-            tokenized = _tokenize(
-                cfg, out, engine, scanned.key, verdicts_folder, decided, tokenizer_entry, quiet=quiet
-            )
-        with timed("pack"):
-            packs = _pack(cfg, out, tokenized)
-        manifest = _manifest(cfg, decided, tokenizer_entry, tokenized, packs)
-        write_manifest(out, manifest)
-    return Report(
-        out=out,
-        manifest=manifest,
-        seconds={name: wall for name, (wall, _) in report_times.items()},
-        cpu_seconds={name: cpu for name, (_, cpu) in report_times.items()},
-    )
+            verdicts, decided = decide(cfg, out, scanned, engine, quiet=quiet)
+        report = Report(out=out, funnel=decided["funnel"])
+        if cfg.stop_after is StopAfter.documents:
+            with timed("write documents"):
+                report.documents = _export(cfg, engine, verdicts, decided, quiet=quiet)
+        if cfg.stop_after is StopAfter.pack:
+            with timed("train tokenizer"):
+                tokenizer = choose_tokenizer(cfg.tokenizer, verdicts, decided, quiet=quiet)
+            with timed("tokenize"):
+                tokenized = _tokenize(cfg, engine, verdicts, decided, tokenizer, quiet=quiet)
+            with timed("pack"):
+                packs = _pack(cfg, out, tokenized)
+            report.manifest = _manifest(cfg, decided, tokenizer, tokenized, packs)
+            report.funnel = report.manifest.funnel
+            report.tokens = tokenized.tokens
+            write_manifest(out, report.manifest)
+        report.peak_worker_bytes = engine.peak_worker_bytes()
+        report.seconds = {name: wall for name, (wall, _) in times.items()}
+        report.cpu_seconds = {name: cpu for name, (_, cpu) in times.items()}
+        _write_facts(cfg, report, verdicts)
+    return report
+
+
+def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
+    """Write `facts.json`: what `llmtrain report` draws. Not part of the output: it holds times."""
+    facts: dict[str, Any] = read_json(verdicts.folder / FACTS_NAME)
+    text_bytes = {entry["pass"]: entry["in"]["bytes"] for entry in report.funnel if "bytes" in entry["in"]}
+    text_bytes["write documents"] = report.funnel[1]["kept"]["bytes"]
+    facts["stages"] = [
+        {"name": name, "seconds": seconds, "bytes": text_bytes.get(name)}
+        for name, seconds in report.seconds.items()
+    ]
+    facts["funnel"] = report.funnel
+    facts["stop_after"] = cfg.stop_after.name
+    reasons = {**BAD_REASONS, **SKIP_REASONS}
+    if bad := {name: drop for name, drop in report.funnel[0]["dropped"].items() if name in reasons}:
+        facts["quarantine"] = bad
+    if report.tokens:
+        for row in facts.get("sources", []):
+            row["tokens"] = report.tokens.get(row["source"], 0)
+    write_facts(report.out, facts)
 
 
 # Pass 1.
@@ -139,12 +171,15 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
 
 def _scan(cfg: DataConfig, out: Path, engine: Engine, *, quiet: bool) -> Scanned:
     plan = plan_units(cfg.corpus, cfg.engine.unit_bytes, out=out)
-    key = _key(
+    signals = signals_config(cfg)
+    key = key_of(
         version=SCAN_VERSION,
-        corpus=cfg.deciding()["corpus"],
+        corpus=plain(cfg.corpus),
         input=plan.fingerprint,
         unit_bytes=cfg.engine.unit_bytes,
         unicode=unicodedata.unidata_version,
+        signals=plain(signals),
+        files=_content_files(cfg.content, cfg.edits.bad_words_file),
     )
     summaries: list[dict[str, Any]] = []
     input_bytes = [sum(piece.num_bytes for piece in unit.slices) for unit in plan.units]
@@ -153,11 +188,60 @@ def _scan(cfg: DataConfig, out: Path, engine: Engine, *, quiet: bool) -> Scanned
         while len(summaries) < len(plan.units) and (
             wave := _next_wave(cfg.corpus, plan, summaries, input_bytes)
         ):
-            tasks = [ScanTask(unit=unit, corpus=cfg.corpus, out=out, key=key) for unit in wave]
+            tasks = [
+                ScanTask(unit=unit, corpus=cfg.corpus, signals=signals, out=out, key=key) for unit in wave
+            ]
             for summary in engine.map(scan_unit, tasks):
                 advance(summary["text_bytes"] if by_text else input_bytes[len(summaries)])
                 summaries.append(summary)
-    return Scanned(key=key, units=plan.units[: len(summaries)], summaries=summaries)
+    scanned = Scanned(key=key, units=plan.units[: len(summaries)], summaries=summaries)
+    _write_input(out, cfg, plan, scanned)
+    return scanned if cfg.corpus.max_text_bytes is None else cut_at(scanned, out, cfg.corpus.max_text_bytes)
+
+
+def signals_config(cfg: DataConfig) -> SignalsConfig:
+    """What of the settings decides the text and the signals of a document."""
+    near = cfg.dedup.near
+    return SignalsConfig(
+        edits=cfg.edits,
+        content=cfg.content,
+        num_permutations=near.num_permutations if near.enabled else 0,
+        shingle_words=near.shingle_words,
+        lines=cfg.dedup.lines,
+        ngrams=cfg.dedup.ngrams,
+    )
+
+
+def _content_files(content: ContentConfig, bad_words: str | None) -> dict[str, str]:
+    """Hashes of the models and lists that the settings name: they decide documents and signals."""
+    named = [
+        content.language.model,
+        content.quality.model,
+        bad_words,
+        *content.urls.block,
+        *content.urls.words,
+    ]
+    named += [*content.urls.substrings, *(one.path for one in content.decontamination.sets)]
+    named += [
+        one.dataset for one in content.decontamination.sets if one.dataset and Path(one.dataset).exists()
+    ]
+    found: dict[str, str] = {}
+    for name in filter(None, named):
+        path = Path(name)
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        try:
+            found |= {str(file): hash_file(file) for file in files}
+        except OSError as error:
+            raise DataError(
+                f"{name}, which the settings of content or edits name, cannot be read: {error}"
+            ) from error
+    return found
+
+
+def _write_input(out: Path, cfg: DataConfig, plan: Plan, scanned: Scanned) -> None:
+    """List the input: what told its state before it was read, and the hash of what was read of each file."""
+    digests = file_digests(scanned.units, (summary["digests"] for summary in scanned.summaries))
+    write_json(out / INPUT_NAME, {"listed": plan.fingerprint, "xxh3_128": digests})
 
 
 def _expected_bytes(corpus: CorpusConfig, input_bytes: int) -> tuple[float, bool]:
@@ -183,114 +267,34 @@ def _next_wave(
     return plan.units[done : done + int(np.searchsorted(ahead, wanted / share)) + 1]
 
 
-# Pass 2.
+# Pass 3, either way.
 
 
-def _decide(cfg: DataConfig, out: Path, scanned: Scanned) -> tuple[Path, dict[str, Any]]:
-    """Write the verdict tables; returns their folder and its summary, with the funnel of passes 1 and 2."""
-    deciding = cfg.deciding()
-    key = _key(
-        version=DECIDE_VERSION, scan=scanned.key, units=len(scanned.units), rules=deciding["rules"],
-        held_out=deciding["held_out"],
-    )  # fmt: skip
-    folder = out / "verdicts" / key
-    done = folder / "summary.json"
-    quarantine = out / "quarantine" / scanned.key
-    summary = read_done(done)
-    if summary is None:
-        table = load_signals(out, scanned)
-        bad = load_bad_records(out, scanned)
-        if cfg.corpus.max_text_bytes is not None:
-            table, bad = draw(table, bad, cfg.corpus.max_text_bytes)
-        funnel = scan_funnel(table, bad)
-        check_quarantine(cfg, quarantine, funnel, bad)
-        summary = write_verdicts(cfg, folder, table, funnel)
-    else:
-        check_quarantine(cfg, quarantine, summary["funnel"][0], [])
-    return folder, summary
-
-
-# Pass 3.
-
-
-def _tokenizer(
-    cfg: TokenizerConfig, out: Path, scan_key: str, verdicts: Path, decided: dict[str, Any], *, quiet: bool
-) -> TokenizerEntry:
-    """Train a tokenizer, or take the one that `cfg.path` names."""
-    if cfg.path is not None:
-        given = Tokenizer.load(Path(cfg.path))
-        relative = f"tokenizer/{given.fingerprint[:KEY_LETTERS]}"
-        model = Path(cfg.path) / MODEL_NAME if Path(cfg.path).is_dir() else Path(cfg.path)
-        if read_done(out / relative / FACTS_NAME) is None:
-            _write_tokenizer(out / relative, model.read_bytes(), {"given": True})
-        decoded = given.decode(given.encode(EXACTNESS_PROBE))
-        if decoded != EXACTNESS_PROBE:
-            log.warning(
-                "tokenizer.path=%s does not give back the text that it encodes: %r becomes %r. Bits per byte "
-                "count bytes of the text as it was",
-                cfg.path,
-                EXACTNESS_PROBE,
-                decoded,
-            )
-    else:
-        key = _key(
-            kind=KIND,
-            version=TRAIN_VERSION,
-            settings=asdict(cfg),
-            documents=decided["documents_digest"],
-            library=version("sentencepiece"),
-        )
-        relative = f"tokenizer/{key}"
-        if read_done(out / relative / FACTS_NAME) is None:
-            _train_tokenizer(cfg, out, relative, scan_key, verdicts, quiet=quiet)
-    tokenizer = Tokenizer.load(out / relative)
-    return TokenizerEntry(
-        path=relative,
-        kind=KIND,
-        vocab_size=tokenizer.vocab_size,
-        fingerprint=tokenizer.fingerprint,
-        eos_id=tokenizer.eos_id,
-        bos_id=tokenizer.bos_id,
-    )
-
-
-def _train_tokenizer(
-    cfg: TokenizerConfig, out: Path, relative: str, scan_key: str, verdicts: Path, *, quiet: bool
-) -> None:
-    with pa.memory_map(str(verdicts / "train.arrow")) as handle:
-        table = pa.ipc.open_file(handle).read_all()
-        order = np.argsort(split_order(digests(table, "content"), cfg.seed, "tokenizer"), kind="stable")
-        text_bytes = table.column("text_bytes").to_numpy()[order]
-        reached = int(np.searchsorted(np.cumsum(text_bytes), cfg.sample_bytes))
-        num_drawn = min(reached + 1, len(order))
-        sample = table.take(pa.array(np.sort(order[:num_drawn])))
-        num_sample_bytes = int(text_bytes[:num_drawn].sum())
-        with progress("tokenizer", total=num_sample_bytes, unit="B", quiet=quiet) as advance:
-            model = train_tokenizer(_texts(sample, out, scan_key, advance), cfg)
-    facts = {"given": False, "num_sample_documents": num_drawn, "num_sample_bytes": num_sample_bytes}
-    _write_tokenizer(out / relative, model, facts)
-
-
-def _texts(sample: pa.Table, out: Path, scan_key: str, advance: Callable[[float], None]) -> Iterator[str]:
-    for text, offsets in texts_of(sample, out, scan_key):
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):  # noqa: RUF007
-            advance(int(end - start))
-            yield text[start:end].tobytes().decode()
-
-
-def _write_tokenizer(folder: Path, model: bytes, facts: dict[str, Any]) -> None:
-    (folder / FACTS_NAME).unlink(missing_ok=True)  # of a model that was lost
-    with atomic_write(folder / MODEL_NAME) as handle:
-        handle.write(model)
-    tokenizer = Tokenizer.load(folder)
-    facts |= {
-        "kind": KIND,
-        "vocab_size": tokenizer.vocab_size,
-        "fingerprint": hash_file(folder / MODEL_NAME),
-        "eos_id": tokenizer.eos_id,
-        "bos_id": tokenizer.bos_id,
+def _export(
+    cfg: DataConfig, engine: Engine, verdicts: Verdicts, decided: dict[str, Any], *, quiet: bool
+) -> list[DocumentsFile]:
+    """Write the kept documents as Parquet, and last `documents.json`, which lists them."""
+    key = key_of(version=EXPORT_VERSION, documents=decided["documents_digest"], settings=plain(cfg.documents))
+    tasks = [
+        ExportTask(verdicts=verdicts, zstd_level=cfg.documents.zstd_level,
+        path=f"documents/{key}/{split}-{number:05d}.parquet", split=split,
+                   first=first, last=last)
+        for split in SPLITS
+        for number, (first, last) in enumerate(verdicts.runs(split, cfg.documents.file_bytes))
+    ]  # fmt: skip
+    files = []
+    with progress("documents", total=sum(decided["text_bytes"].values()), unit="B", quiet=quiet) as advance:
+        for summary in engine.map(export_documents, tasks):
+            files.append(DocumentsFile(**summary["file"]))
+            advance(files[-1].text_bytes)
+    listing = {
+        "files": [asdict(file) for file in files],
+        "funnel": _totals_only(decided["funnel"]),
+        "config": cfg.deciding(),
+        "versions": _versions(),
     }
-    write_done(folder / FACTS_NAME, facts, [folder / MODEL_NAME])
+    write_json(verdicts.out / DOCUMENTS_NAME, listing)
+    return files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,14 +305,16 @@ class Tokenized:
     held_out_text: str
     num_checked: int
     num_differing: int
+    tokens: dict[str, int]
+    """By source."""
 
 
 def _tokenize(
-    cfg: DataConfig, out: Path, engine: Engine, scan_key: str, verdicts: Path, decided: dict[str, Any],
-    tokenizer: TokenizerEntry, *, quiet: bool,
+    cfg: DataConfig, engine: Engine, verdicts: Verdicts, decided: dict[str, Any], tokenizer: TokenizerEntry,
+    *, quiet: bool,
 ) -> Tokenized:  # fmt: skip
     total = sum(decided["text_bytes"].values())
-    key = _key(
+    key = key_of(
         version=TOKENIZE_VERSION, documents=decided["documents_digest"], tokenizer=tokenizer.fingerprint,
         shards=asdict(cfg.shards),
     )  # fmt: skip
@@ -317,9 +323,16 @@ def _tokenize(
         max(total // NUM_SHARDS_AIM, SMALLEST_SHARD_BYTES), LARGEST_SHARD_BYTES
     )
     tasks = [
-        task
+        TokenizeTask(
+            verdicts=verdicts,
+            prefix=f"{folder}/{split}-{number:05d}",
+            split=split,
+            first=first,
+            last=last,
+            tokenizer=verdicts.out / tokenizer.path,
+        )
         for split in SPLITS
-        for task in _shard_tasks(out, folder, split, scan_key, verdicts, tokenizer, shard_bytes)
+        for number, (first, last) in enumerate(verdicts.runs(split, shard_bytes))
     ]
     summaries = []
     with progress("tokenize", total=total, unit="B", quiet=quiet) as advance:
@@ -327,68 +340,43 @@ def _tokenize(
             advance(summary["shard"]["text_bytes"])
             summaries.append(summary)
     held_out_text = f"{folder}/held_out.jsonl.zst"
-    if not (out / held_out_text).is_file():
-        _write_held_out_text(out, held_out_text, scan_key, verdicts)
+    if not (verdicts.out / held_out_text).is_file():
+        _write_held_out_text(verdicts, verdicts.out / held_out_text, decided["num_documents"]["held_out"])
     return Tokenized(
         folder=folder,
         shards=[ShardEntry(**summary["shard"]) for summary in summaries],
         held_out_text=held_out_text,
         num_checked=sum(summary["checked"] for summary in summaries),
         num_differing=sum(summary["differing"] for summary in summaries),
+        tokens=_sum_by_name(summary["tokens"] for summary in summaries),
     )
 
 
-def _shard_tasks(
-    out: Path,
-    folder: str,
-    split: str,
-    scan_key: str,
-    verdicts: Path,
-    tokenizer: TokenizerEntry,
-    shard_bytes: int,
-) -> list[TokenizeTask]:
-    """Cut a split where its text passes a multiple of `shard_bytes`: a function of the documents alone."""
-    path = verdicts / f"{split}.arrow"
-    with pa.memory_map(str(path)) as handle:
-        text_bytes = pa.ipc.open_file(handle).read_all().column("text_bytes").to_numpy()
-    shard_of = (np.cumsum(text_bytes) - text_bytes) // shard_bytes
-    starts = np.flatnonzero(np.diff(shard_of, prepend=-1))
-    return [
-        TokenizeTask(
-            out=out,
-            prefix=f"{folder}/{split}-{number:05d}",
-            split=split,
-            scan_key=scan_key,
-            verdicts=path,
-            first=int(first),
-            last=int(last),
-            tokenizer=out / tokenizer.path,
-        )
-        for number, (first, last) in enumerate(
-            zip(starts, np.append(starts[1:], len(text_bytes)), strict=True)
-        )
-    ]
+def _sum_by_name(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(sorted(total.items()))
 
 
-def _write_held_out_text(out: Path, relative: str, scan_key: str, verdicts: Path) -> None:
-    """Write id and normalised text of every held-out document, for comparisons with gzip and xz."""
-    with pa.memory_map(str(verdicts / "held_out.arrow")) as handle:
-        table = pa.ipc.open_file(handle).read_all()
-        ids = iter(table.column("id").to_pylist())
-        with (
-            atomic_write(out / relative) as target,
-            zstandard.ZstdCompressor(level=3).stream_writer(target, closefd=False) as writer,
-        ):
-            for text in _texts(table, out, scan_key, lambda _: None):
-                line = json.dumps({"id": next(ids).hex(), "text": text}, ensure_ascii=False)
-                writer.write(f"{line}\n".encode())
+def _write_held_out_text(verdicts: Verdicts, path: Path, num_documents: int) -> None:
+    """Write id and text of every held-out document, for comparisons with gzip and xz."""
+    rows = verdicts.rows("held_out", 0, num_documents)
+    with (
+        atomic_write(path) as target,
+        zstandard.ZstdCompressor(level=3).stream_writer(target, closefd=False) as writer,
+    ):
+        for part, (text, offsets), _ in verdicts.documents(rows):
+            for digest, (start, end) in zip(part.column("id").to_pylist(), pairwise(offsets), strict=True):
+                document = {"id": digest.hex(), "text": text[start:end].tobytes().decode()}
+                writer.write(f"{json.dumps(document, ensure_ascii=False)}\n".encode())
 
 
 # Pass 4.
 
 
 def _pack(cfg: DataConfig, out: Path, tokenized: Tokenized) -> list[PackEntry]:
-    key = _key(shards=[[shard.sha256, shard.idx_sha256] for shard in tokenized.shards])
+    key = key_of(shards=[[shard.sha256, shard.idx_sha256] for shard in tokenized.shards])
     entries = []
     for seq_len in sorted(cfg.pack.seq_lens):
         folder = f"packs/{key}/seq{seq_len}"
@@ -430,7 +418,11 @@ def _manifest(
         "checked_documents": tokenized.num_checked,
         "differing_documents": tokenized.num_differing,
     }
-    funnel = [*decided["funnel"], tokenize_funnel, *(_pack_funnel(pack, shards) for pack in packs)]
+    funnel = [
+        *_totals_only(decided["funnel"]),
+        tokenize_funnel,
+        *(_pack_funnel(pack, shards) for pack in packs),
+    ]
     for entry in funnel:
         check_closes(entry)
     return Manifest(
@@ -461,13 +453,14 @@ def _pack_funnel(pack: PackEntry, shards: list[ShardEntry]) -> dict[str, Any]:
     }
 
 
-def _key(**parts: Any) -> str:
-    return hash_json(parts)[:KEY_LETTERS]
+def _totals_only(funnel: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the sums by source: those are in the folder of the verdicts."""
+    return [{name: value for name, value in entry.items() if name != "sources"} for entry in funnel]
 
 
-def _warm_up() -> None:
+def _warm_up(cfg: DataConfig) -> None:
     """Compile the kernels, or load them, before workers start."""
-    kernels.warm_up()
+    warm_up(signals_config(cfg))
     python_docs.extract([b'"""a"""\n# b\n'])
     words.warm_up()
 

@@ -1,54 +1,58 @@
-"""Pass 1: raw text to normalised documents and their signals. Where the time goes, and the only pass
-that reads input.
+"""Pass 1: raw text to the documents that training reads and their signals. Where the time goes, and the only
+pass that reads input.
 
-A unit writes `docs/<key>/unit-N.arrow` (text), `signals/<key>/unit-N.arrow` (one row for each document),
-its bad records to `quarantine/<key>/unit-N.jsonl`, and last `signals/<key>/unit-N.json`, which says that
-it is done.
+A unit writes, each under the folder's key:
+    docs/unit-N.arrow          text, and where asked for URL and metadata
+    signals/unit-N.arrow       one row a document
+    signatures/unit-N.npy      MinHash signatures [documents, permutations]      if dedup.near
+    lines/unit-N.npy           hashes of lines                                   if dedup.lines
+    ngrams/unit-N.npy          hashes of n-grams                                 if dedup.ngrams
+    matches/unit-N.npy         which evaluation items' n-grams it holds          if content.decontamination
+    quarantine/unit-N.jsonl    bad records
+and last signals/unit-N.json, which says that it is done.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from llmtrain.data.dedup.ngrams import NgramWriter
+from llmtrain.data.dedup.units import RowWriter
 from llmtrain.data.document import BadRecord, Document, utf8
 from llmtrain.data.folder import read_done, write_done
+from llmtrain.data.signals import Measured, SignalsConfig, measure_batch, tools_for
 from llmtrain.data.sources.config import CorpusConfig
 from llmtrain.data.sources.read import read_unit
 from llmtrain.data.sources.slices import Slice, Unit
-from llmtrain.data.text.kernels import SIGNALS
-from llmtrain.data.text.signals import measure_batch
 from llmtrain.files import atomic_write
 
-SCAN_VERSION = 2
+SCAN_VERSION = 3
 """Part of the folder's key: raise it when the same input would give other documents or signals."""
 BATCH_BYTES = 4 << 20
-
-DOCS_SCHEMA = pa.schema([("text", pa.large_binary())])
-SIGNALS_SCHEMA = pa.schema(
+DOCS_SCHEMA = pa.schema(
     [
-        ("slice", pa.int32()),
-        ("record", pa.int64()),
-        ("id", pa.binary(16)),
-        ("content", pa.binary(16)),
-        ("source", pa.string()),
-        ("raw_bytes", pa.int64()),
-        ("num_bytes", pa.int64()),
-        *((name, pa.int64()) for name in SIGNALS),
+        ("text", pa.large_binary()),
+        ("url", pa.string()),
+        ("metadata", pa.map_(pa.string(), pa.string())),
     ]
 )
+COMPRESSION = pa.ipc.IpcWriteOptions(compression="lz4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanTask:
     unit: Unit
     corpus: CorpusConfig
+    signals: SignalsConfig
     out: Path
     key: str
 
@@ -59,6 +63,10 @@ class UnitFiles:
 
     docs: Path
     signals: Path
+    signatures: Path
+    lines: Path
+    ngrams: Path
+    matches: Path
     quarantine: Path
     done: Path
 
@@ -68,6 +76,10 @@ def unit_files(out: Path, key: str, number: int) -> UnitFiles:
     return UnitFiles(
         docs=out / "docs" / key / f"{name}.arrow",
         signals=out / "signals" / key / f"{name}.arrow",
+        signatures=out / "signatures" / key / f"{name}.npy",
+        lines=out / "lines" / key / f"{name}.npy",
+        ngrams=out / "ngrams" / key / f"{name}.npy",
+        matches=out / "matches" / key / f"{name}.npy",
         quarantine=out / "quarantine" / key / f"{name}.jsonl",
         done=out / "signals" / key / f"{name}.json",
     )
@@ -93,93 +105,162 @@ def scan_unit(task: ScanTask) -> dict[str, Any]:
     files = unit_files(task.out, task.key, task.unit.number)
     if (finished := read_done(files.done)) is not None:
         return finished
-    bad: list[dict[str, Any]] = []
-    num_records: list[int] = []
-    batch_rows: list[int] = []
-    num_text_bytes = 0
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with (
-        atomic_write(files.docs) as docs_file,
-        atomic_write(files.signals) as signals_file,
-        pa.ipc.new_file(docs_file, DOCS_SCHEMA, options=options) as docs_writer,
-        pa.ipc.new_file(signals_file, SIGNALS_SCHEMA, options=options) as signals_writer,
-    ):
-        for batch in _batches(task, bad, num_records):
-            docs, signals = _measured(task.unit.slices, batch, bad)
-            docs_writer.write_batch(docs)
-            signals_writer.write_batch(signals)
-            batch_rows.append(docs.num_rows)
-            num_text_bytes += signals.column("num_bytes").to_numpy().sum().item()
-    if bad:
-        bad.sort(key=lambda record: (record["slice"], record["record"]))
-        with atomic_write(files.quarantine, "w") as handle:
-            handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in bad)
+    tools = tools_for(task.signals)
+    reading = _Reading(task)
+    with ExitStack() as stack:
+        writers = _Writers(files, stack)
+        for batch in reading.batches():
+            texts = [pending.document.text for pending in batch]
+            measured = measure_batch(texts, [pending.document.url for pending in batch], tools)
+            reading.note_invalid(batch, measured.invalid)
+            writers.write(task.unit.slices, [batch[number] for number in measured.kept], measured)
+        if not writers.batch_rows:  # every unit has its files
+            writers.write(task.unit.slices, [], measure_batch([], [], tools))
+    reading.write_quarantine(files.quarantine)
     summary = {
-        "num_records": num_records,
-        "num_bad": len(bad),
-        "batch_rows": batch_rows,
-        "text_bytes": num_text_bytes,
+        "num_records": reading.num_records,
+        "num_bad": len(reading.bad),
+        "digests": reading.digests,
+        "sources": sorted(writers.sources),
+        "batch_rows": writers.batch_rows,
+        "text_bytes": writers.num_text_bytes,
     }
-    write_done(files.done, summary, [files.docs, files.signals, *([files.quarantine] if bad else [])])
+    write_done(files.done, summary, [*writers.paths, *([files.quarantine] if reading.bad else [])])
     return summary
 
 
-def _batches(task: ScanTask, bad: list[dict[str, Any]], num_records: list[int]) -> Iterator[list[_Pending]]:
-    """Collect good records into batches; note bad ones, and how many records each slice has."""
-    batch: list[_Pending] = []
-    num_bytes = 0
-    for slice_number, (piece, records) in enumerate(read_unit(task.unit, task.corpus)):
-        number = 0
-        for number, record in enumerate(records, start=1):
-            if isinstance(record, Document) and len(record.text) > task.corpus.max_document_bytes:
-                detail = f"a text of {len(record.text):,} bytes"
-                record = BadRecord("absurd_length", len(record.text), detail)
-            if isinstance(record, Document):
-                batch.append(_Pending(slice_number, number, record))
-                num_bytes += len(record.text)
-            elif record is not None:
-                bad.append(_bad(slice_number, piece, number, record))
-            if num_bytes >= BATCH_BYTES:
-                yield batch
-                batch, num_bytes = [], 0
-        num_records.append(number)
-    if batch:
-        yield batch
+class _Reading:
+    """A unit's records: good ones in batches, bad ones noted, all numbered."""
+
+    def __init__(self, task: ScanTask) -> None:
+        self._task = task
+        self.bad: list[dict[str, Any]] = []
+        self.num_records: list[int] = []
+        """Of each slice."""
+        self.digests: list[str | None] = []
+
+    def batches(self) -> Iterator[list[_Pending]]:
+        corpus = self._task.corpus
+        batch: list[_Pending] = []
+        num_bytes = 0
+        for slice_number, (_, records) in enumerate(read_unit(self._task.unit, corpus)):
+            number = 0
+            for number, record in enumerate(records, start=1):
+                if isinstance(record, Document) and len(record.text) > corpus.max_document_bytes:
+                    detail = f"a text of {len(record.text):,} bytes"
+                    record = BadRecord("absurd_length", len(record.text), detail)
+                if isinstance(record, Document):
+                    batch.append(_Pending(slice_number, number, record))
+                    num_bytes += len(record.text)
+                elif record is not None:
+                    self._note(slice_number, number, record)
+                if num_bytes >= BATCH_BYTES:
+                    yield batch
+                    batch, num_bytes = [], 0
+            self.num_records.append(number)
+            self.digests.append(records.digest)
+        if batch:
+            yield batch
+
+    def note_invalid(self, batch: list[_Pending], invalid: dict[int, str]) -> None:
+        for number, detail in invalid.items():
+            pending = batch[number]
+            record = BadRecord("invalid_utf8", len(pending.document.text), detail)
+            self._note(pending.slice_number, pending.record, record)
+
+    def write_quarantine(self, path: Path) -> None:
+        if self.bad:
+            self.bad.sort(key=lambda record: (record["slice"], record["record"]))
+            with atomic_write(path, "w") as handle:
+                handle.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self.bad)
+
+    def _note(self, slice_number: int, number: int, record: BadRecord) -> None:
+        self.bad.append(
+            {
+                "slice": slice_number,
+                "path": self._task.unit.slices[slice_number].name,
+                "record": number,
+                "reason": record.reason,
+                "num_bytes": record.num_bytes,
+                "detail": utf8(record.detail[:500]),
+            }
+        )
 
 
-def _bad(slice_number: int, piece: Slice, number: int, record: BadRecord) -> dict[str, Any]:
-    return {
-        "slice": slice_number,
-        "path": piece.name,
-        "record": number,
-        "reason": record.reason,
-        "num_bytes": record.num_bytes,
-        "detail": utf8(record.detail[:500]),
-    }
+class _Writers:
+    """A unit's files, a batch at a time. They appear when the stack is left without an error."""
+
+    def __init__(self, files: UnitFiles, stack: ExitStack) -> None:
+        self.batch_rows: list[int] = []
+        self.num_text_bytes = 0
+        self.sources: set[str] = set()
+        self._files = files
+        self._stack = stack
+        self._writers: dict[Path, Any] = {}
+
+    @property
+    def paths(self) -> list[Path]:
+        return list(self._writers)
+
+    def write(self, slices: Sequence[Slice], good: list[_Pending], measured: Measured) -> None:
+        first = sum(self.batch_rows)
+        self._table(self._files.docs, _docs_batch(good, measured))
+        signals = _signals_batch(slices, good, measured)
+        self._table(self._files.signals, signals)
+        self.sources.update(signals.column("source").unique().to_pylist())
+        if measured.signatures is not None:
+            self._array(self._files.signatures, measured.signatures)
+        if measured.lines is not None:
+            measured.lines["row"] += first
+            self._array(self._files.lines, measured.lines)
+        if measured.ngrams is not None:
+            self._open(self._files.ngrams, NgramWriter, self._files.ngrams).append(*measured.ngrams)
+        if measured.matches is not None:
+            measured.matches["document"] += first
+            self._array(self._files.matches, measured.matches)
+        self.batch_rows.append(len(good))
+        self.num_text_bytes += len(measured.text)
+
+    def _table(self, path: Path, batch: pa.RecordBatch) -> None:
+        if path not in self._writers:
+            stream = self._stack.enter_context(atomic_write(path))
+            self._open(path, pa.ipc.new_file, stream, batch.schema, options=COMPRESSION)
+        self._writers[path].write_batch(batch)
+
+    def _array(self, path: Path, rows: npt.NDArray[Any]) -> None:
+        self._open(path, RowWriter, path, rows.dtype, rows.shape[1:]).append(rows)
+
+    def _open(
+        self, path: Path, kind: Callable[..., Any], *arguments: Any, **options: Any
+    ) -> Any:  # Any: writers
+        if path not in self._writers:
+            self._writers[path] = self._stack.enter_context(kind(*arguments, **options))
+        return self._writers[path]
 
 
-def _measured(
-    slices: tuple[Slice, ...], batch: list[_Pending], bad: list[dict[str, Any]]
-) -> tuple[pa.RecordBatch, pa.RecordBatch]:
-    """Measure a batch; returns its rows of the docs and of the signals table."""
-    measured = measure_batch([pending.document.text for pending in batch])
-    for number, detail in measured.invalid.items():
-        pending = batch[number]
-        record = BadRecord("invalid_utf8", len(pending.document.text), detail)
-        bad.append(_bad(pending.slice_number, slices[pending.slice_number], pending.record, record))
-    good = [batch[number] for number in measured.kept]
+def _docs_batch(good: list[_Pending], measured: Measured) -> pa.RecordBatch:
     offsets, text = pa.py_buffer(measured.offsets), pa.py_buffer(measured.text)
-    docs = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(good), [None, offsets, text])
-    columns = [
-        pa.array([pending.slice_number for pending in good], pa.int32()),
-        pa.array([pending.record for pending in good], pa.int64()),
-        pa.array(
+    texts = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(good), [None, offsets, text])
+    urls = pa.array([pending.document.url for pending in good], pa.string())
+    metadata = [pending.document.metadata for pending in good]
+    pairs = pa.array(
+        [None if m is None else list(m.items()) for m in metadata], DOCS_SCHEMA.field("metadata").type
+    )
+    return pa.record_batch([texts, urls, pairs], schema=DOCS_SCHEMA)
+
+
+def _signals_batch(slices: Sequence[Slice], good: list[_Pending], measured: Measured) -> pa.RecordBatch:
+    columns = {
+        "slice": pa.array([pending.slice_number for pending in good], pa.int32()),
+        "record": pa.array([pending.record for pending in good], pa.int64()),
+        "id": pa.array(
             [document_id(slices[p.slice_number].name, p.document.position) for p in good], pa.binary(16)
         ),
-        pa.array(measured.content, pa.binary(16)),
-        pa.array([p.document.source or slices[p.slice_number].source for p in good], pa.string()),
-        pa.array([len(pending.document.text) for pending in good], pa.int64()),
-        pa.array(measured.offsets[1:] - measured.offsets[:-1], pa.int64()),
-        *(pa.array(measured.signals[:, column]) for column in range(len(SIGNALS))),
-    ]
-    return pa.record_batch([docs], schema=DOCS_SCHEMA), pa.record_batch(columns, schema=SIGNALS_SCHEMA)
+        "content": pa.array(measured.content, pa.binary(16)),
+        "source": pa.array([p.document.source or slices[p.slice_number].source for p in good], pa.string()),
+        "raw_bytes": pa.array([len(pending.document.text) for pending in good], pa.int64()),
+    }
+    if measured.languages is not None:
+        columns["language"] = pa.array(measured.languages, pa.string())
+    columns |= {name: pa.array(values) for name, values in measured.columns.items()}
+    return pa.record_batch(columns)

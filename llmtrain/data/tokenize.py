@@ -8,7 +8,6 @@ differs, the whole shard is done again by SentencePiece, and the manifest's funn
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,18 +18,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmtrain.data.docs import TextBatch, read_texts
 from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.manifest import ShardEntry, shard_files
-from llmtrain.data.scan import unit_files
 from llmtrain.data.shards import ShardWriter, token_dtype
 from llmtrain.data.tokenizer.tokenizer import Ids, Tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
-from llmtrain.files import atomic_write, read_json
+from llmtrain.data.verdicts import Verdicts
+from llmtrain.files import atomic_write
 
 log = logging.getLogger(__name__)
 
-TOKENIZE_VERSION = 1
+TOKENIZE_VERSION = 2
 """Part of the folder's key: raise it when the same documents would give other tokens."""
 CHECK_FIRST = 25
 CHECK_EVERY = 400
@@ -38,15 +36,12 @@ CHECK_EVERY = 400
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeTask:
-    out: Path
+    verdicts: Verdicts
     prefix: str
-    """Of the shard's files, relative to `out`."""
+    """Of the shard's files, relative to the data folder."""
     split: str
-    scan_key: str
-    verdicts: Path
-    """Table of the split's documents, in order."""
     first: int
-    """First row of that table."""
+    """First row of the split's table."""
     last: int
     """Row to stop at, excluded."""
     tokenizer: Path
@@ -54,12 +49,12 @@ class TokenizeTask:
 
 def tokenize_shard(task: TokenizeTask) -> dict[str, Any]:
     """Write one shard unless that is done. Returns its manifest entry and how many documents were checked."""
-    prefix = task.out / task.prefix
+    prefix = task.verdicts.out / task.prefix
     done = prefix.with_name(f"{prefix.name}.json")
     if (finished := read_done(done)) is not None:
         return finished
     tokenizer = Tokenizer.load(task.tokenizer)
-    rows = _verdict_rows(task)
+    rows = task.verdicts.rows(task.split, task.first, task.last)
     lengths, summary = _write_tokens(task, tokenizer, rows, by_words=True)
     if summary["differing"]:
         log.warning(
@@ -75,23 +70,16 @@ def tokenize_shard(task: TokenizeTask) -> dict[str, Any]:
     lineage_path = prefix.with_name(f"{prefix.name}.docs.parquet")
     with atomic_write(lineage_path) as handle:
         pq.write_table(lineage.set_column(0, "id", ids), handle, compression="zstd")
+    summary["tokens"] = _tokens_by_source(lineage)
     write_done(done, summary, [*shard_files(prefix), lineage_path])
     return summary
 
 
-def texts_of(rows: pa.Table, out: Path, scan_key: str) -> Iterator[TextBatch]:
-    """The texts of rows of a verdict table, in order, a batch at a time."""
-    unit_numbers = rows.column("unit").to_numpy()
-    unit_rows = rows.column("row").to_numpy()
-    starts = np.flatnonzero(np.diff(unit_numbers, prepend=-1))
-    for start, stop in zip(starts, np.append(starts[1:], len(unit_numbers)), strict=True):
-        files = unit_files(out, scan_key, int(unit_numbers[start]))
-        yield from read_texts(files.docs, read_json(files.done)["batch_rows"], unit_rows[start:stop])
-
-
-def _verdict_rows(task: TokenizeTask) -> pa.Table:
-    with pa.memory_map(str(task.verdicts)) as handle:
-        return pa.ipc.open_file(handle).read_all().slice(task.first, task.last - task.first)
+def _tokens_by_source(lineage: pa.Table) -> dict[str, int]:
+    sums = lineage.group_by("source").aggregate([("num_tokens", "sum")]).sort_by("source")
+    return dict(
+        zip(sums.column("source").to_pylist(), sums.column("num_tokens_sum").to_pylist(), strict=True)
+    )
 
 
 def _write_tokens(
@@ -101,8 +89,8 @@ def _write_tokens(
     all_lengths = []
     num_text_bytes = num_checked = num_differing = num_seen = 0
     dtype = token_dtype(tokenizer.vocab_size)
-    with ShardWriter(task.out / task.prefix, dtype, tokenizer.vocab_size) as writer:
-        for text, offsets in texts_of(rows, task.out, task.scan_key):
+    with ShardWriter(task.verdicts.out / task.prefix, dtype, tokenizer.vocab_size) as writer:
+        for _, (text, offsets), _ in task.verdicts.documents(rows):
             num_documents = len(offsets) - 1
             if by_words:
                 ids, lengths = encoder.encode(text, offsets)

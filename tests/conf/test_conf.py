@@ -18,14 +18,11 @@ CONF = Path(__file__).parents[2] / "conf"
 GROUP_OF_NO_DEFAULTS_LIST = {"experiment": "train"}
 """Groups that a user adds with a plus sign, and the verb that takes them."""
 
-COMPOSED_ELSEWHERE = {"rules", "engine"}
-"""tests/data/filters/test_data_rules.py, tests/data/engines/test_data_engine_conf.py: conf/data.yaml does not
-take them yet."""
-
 TYPED = {words.replace(" ", "_").replace("-", "_"): words for words in (*VERBS, *PARTS)}
 """Root YAML to what a user types."""
 
 NEEDED = {  # what a user must type anyway
+    "data_train_quality": ["positives=[a.jsonl]", "negatives=[b.jsonl]", "out=model.bin"],
     "plan": ["budget.device_hours=1"],
     "train": ["run.name=x", "train.total_tokens=1", "train.global_batch_rows=1", "train.micro_batch_rows=1"],
 }
@@ -82,7 +79,7 @@ def options():
     return [
         (path.relative_to(CONF).parent.as_posix(), path.stem)
         for path in sorted(CONF.rglob("*.yaml"))
-        if path.parent != CONF and path.parent.name not in COMPOSED_ELSEWHERE
+        if path.parent != CONF
     ]
 
 

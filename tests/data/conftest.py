@@ -11,6 +11,7 @@ import pytest
 
 from llmtrain.data.config import DataConfig, PackConfig, TokenizerConfig
 from llmtrain.data.engines.config import EngineConfig, EngineKind
+from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.tokenizer.tokenizer import MODEL_NAME, Tokenizer
 from llmtrain.data.tokenizer.train import train_tokenizer
@@ -85,6 +86,7 @@ def jsonl_config(tmp_path: Path) -> Callable[..., DataConfig]:
         corpus = changes.pop("corpus", {})
         values: dict[str, Any] = {
             "corpus": CorpusConfig(name="jsonl", format=Format.jsonl, paths=[str(path)], **corpus),
+            "rules": RulesConfig(min_words=50, max_duplicate_line_fraction=0.3),
             "tokenizer": TokenizerConfig(vocab_size=600),
             "pack": PackConfig(seq_lens=[64]),
             "engine": EngineConfig(kind=EngineKind.inline),

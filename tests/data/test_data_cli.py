@@ -25,6 +25,7 @@ def test_a_corpus_becomes_a_folder_and_a_summary(
         tmp_path,
         "corpus=jsonl",
         "corpus.paths=[*.jsonl]",
+        "rules.min_words=50",
         "tokenizer.vocab_size=600",
         "pack.seq_lens=[64,128]",
         "engine.workers=1",

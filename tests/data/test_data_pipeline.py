@@ -23,9 +23,11 @@ import zstandard
 
 from llmtrain.data import pipeline, tokenize
 from llmtrain.data.config import DataConfig, HeldOutConfig, PackConfig, ShardsConfig, TokenizerConfig
+from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig
 from llmtrain.data.document import normalize
 from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.flow import check_closes
 from llmtrain.data.manifest import Manifest, read_manifest, verify
 from llmtrain.data.pipeline import run
 from llmtrain.data.shards import ShardReader
@@ -33,7 +35,6 @@ from llmtrain.data.sources import python_docs
 from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
-from llmtrain.data.verdicts import check_closes
 from llmtrain.errors import ConfigError, DataError, LaunchError
 from llmtrain.files import FolderLock
 
@@ -428,6 +429,8 @@ def test_a_full_disk_is_named_with_its_bytes(
 KILLED = """
 import sys
 from llmtrain.data.config import *
+from llmtrain.data.dedup.config import *
+from llmtrain.data.filters.config import *
 from llmtrain.data.engines.config import *
 from llmtrain.data.sources.config import *
 from llmtrain.data.pipeline import run
@@ -436,6 +439,8 @@ if __name__ == "__main__":
     run(
         DataConfig(
             corpus=CorpusConfig(name="jsonl", format=Format.jsonl, paths=[sys.argv[1]]),
+            rules=RulesConfig(min_words=50, max_duplicate_line_fraction=0.3),
+            dedup=DedupConfig(near=NearConfig(enabled=True), lines=LineConfig(enabled=True)),
             tokenizer=TokenizerConfig(vocab_size=600),
             pack=PackConfig(seq_lens=[64]),
             shards=ShardsConfig(text_bytes=3000),
@@ -458,7 +463,8 @@ if __name__ == "__main__":
 def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
     corpus: Path, jsonl_config: Config, tmp_path: Path, kind: str, num_kills: int
 ) -> None:
-    cfg = jsonl_config(corpus, shards=ShardsConfig(text_bytes=3000))
+    dedup = DedupConfig(near=NearConfig(enabled=True), lines=LineConfig(enabled=True))
+    cfg = jsonl_config(corpus, shards=ShardsConfig(text_bytes=3000), dedup=dedup)
     run(cfg, quiet=True)
     expected = output_of(Path(cfg.out))
     (tmp_path / "killed.py").write_text(KILLED)
@@ -478,7 +484,9 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bytes(
             num_files = 0
             continue
         num_killed += 1
-        found = len([path for path in out.rglob("*") if ".tmp-" not in path.name])
+        kinds = ("docs", "signals", "shards", "packs", "tokenizer")
+        finished = [path for kind in kinds for path in (out / kind).rglob("*") if ".tmp-" not in path.name]
+        found = len(finished)
         assert found >= num_files  # what is finished stays
         num_files = found
     subprocess.run(command, check=True, timeout=60)

@@ -34,7 +34,7 @@ class LanguageConfig:
 
 @dataclass(kw_only=True)
 class QualityConfig:
-    """A fastText classifier's probability that a document is a good one (signal `quality_score`).
+    """A fastText classifier's probability that a document is a good one (signal `quality`).
 
     The method of DCLM (Li et al. 2024, arXiv:2406.11794, section 4.4). Train a model with
     `llmtrain data train-quality`.
@@ -165,7 +165,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class DecontaminationConfig:
-    """Word n-grams that a document shares with evaluation items (signal `contaminated_ngrams`).
+    """Word n-grams that a document shares with evaluation items (signal `num_contaminated_ngrams`).
 
     13 words as in Brown et al. 2020 (GPT-3, arXiv:2005.14165, appendix C). Words as everywhere here, lower
     case, without punctuation and symbols.

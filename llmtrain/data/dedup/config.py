@@ -177,7 +177,11 @@ class DedupConfig:
     partition_bytes: int = 2 << 30
     """Memory of one work unit of deduplication, whatever the size of the corpus."""
     previous: list[str] = field(default_factory=list)
-    """Index folders of earlier runs: what they kept counts as kept already, and is not read again."""
+    """Data folders, or index folders, of earlier runs: what they kept counts as kept already, and is not read
+    again. Each holds its own documents only, so name all of them."""
+    write_index: bool = True
+    """Whether `index/` is written, for `previous` of later runs: 45 bytes a kept document, and its
+    signature."""
 
     def __post_init__(self) -> None:
         if self.max_source_removal is not None and not 0 <= self.max_source_removal <= 1:

@@ -93,12 +93,12 @@ class RulesConfig:
     max_blocked_urls: int | None = None
     """0 drops documents whose URL is on a block list."""
 
-    min_words: int | None = 50
+    min_words: int | None = None
     """Words that are not punctuation alone."""
-    max_words: int | None = 100_000
-    min_mean_word_length: float | None = 3.0
+    max_words: int | None = None
+    min_mean_word_length: float | None = None
     """Characters a word."""
-    max_mean_word_length: float | None = 10.0
+    max_mean_word_length: float | None = None
     max_hash_word_ratio: float | None = None
     """`#` signs over words and symbols."""
     max_ellipsis_word_ratio: float | None = None
@@ -116,16 +116,16 @@ class RulesConfig:
     min_stop_words: int | None = None
     """The same words, each use counted (DCLM)."""
 
-    max_duplicate_line_fraction: float | None = 0.30
+    max_duplicate_line_fraction: float | None = None
     """Non-empty lines that were there before, over all of them."""
-    max_duplicate_paragraph_fraction: float | None = 0.30
+    max_duplicate_paragraph_fraction: float | None = None
     """Paragraphs (between blank lines) that were there before, over all of them."""
-    max_duplicate_line_char_fraction: float | None = 0.20
-    max_duplicate_paragraph_char_fraction: float | None = 0.20
-    max_top_2gram_char_fraction: float | None = 0.20
+    max_duplicate_line_char_fraction: float | None = None
+    max_duplicate_paragraph_char_fraction: float | None = None
+    max_top_2gram_char_fraction: float | None = None
     """Characters inside the word pair that occurs most often, if it occurs twice."""
-    max_top_3gram_char_fraction: float | None = 0.18
-    max_top_4gram_char_fraction: float | None = 0.16
+    max_top_3gram_char_fraction: float | None = None
+    max_top_4gram_char_fraction: float | None = None
     max_duplicate_5gram_char_fraction: float | None = None
     """Characters inside runs of five words that were there before."""
     max_duplicate_6gram_char_fraction: float | None = None
@@ -169,9 +169,6 @@ class RulesConfig:
     """Score of the classifier of content.quality."""
     max_contaminated_ngrams: int | None = None
     """N-grams shared with an evaluation set; 0 drops every document that has one."""
-
-    exact_dedup: bool = True
-    """Whether of documents with equal normalised text only the one with the smallest id stays."""
 
     def __post_init__(self) -> None:
         for low, high in (("min_words", "max_words"), ("min_mean_word_length", "max_mean_word_length")):

@@ -25,7 +25,7 @@ def test_an_option_makes_the_engine_of_its_name(kind: EngineKind) -> None:
     ConfigStore.instance().store(name="data_schema", node=DataConfig)
     needed = ["engine.dask.address=tcp://10.0.0.7:8786"] if kind is EngineKind.dask_address else []
     with initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())):
-        chosen = compose(config_name="data", overrides=[f"+engine={kind.name}", *needed])
+        chosen = compose(config_name="data", overrides=[f"engine={kind.name}", *needed])
     config = OmegaConf.to_object(chosen)
     assert isinstance(config, DataConfig)
     assert config.engine.kind is kind

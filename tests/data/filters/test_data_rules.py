@@ -11,7 +11,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from llmtrain.data.filters import chain, gopher
+from llmtrain.data.filters import chain
 from llmtrain.data.filters.chain import RULES
 from llmtrain.data.filters.config import EditsConfig, RulesConfig, check_rules
 from llmtrain.data.filters.rule import Bound
@@ -38,7 +38,7 @@ def columns(rule, counted, over=None):
 
 def test_every_setting_is_one_rules_and_every_rule_has_one():
     settings = [rule.setting for rule in RULES]
-    assert sorted(settings) == sorted({item.name for item in fields(RulesConfig)} - {"exact_dedup"})
+    assert sorted(settings) == sorted({item.name for item in fields(RulesConfig)})
     assert len({rule.reason for rule in RULES}) == len(RULES)
     assert dict(zip((rule.reason for rule in RULES), settings, strict=True)) == chain.SETTING_OF_REASON
 
@@ -111,17 +111,6 @@ def test_formulas_are_made_of_signals():
     assert formulas["edited_duplicate_line_chars"] == (
         "edited_num_duplicate_line_chars / (edited_num_chars - edited_num_newlines)"
     )
-
-
-def test_the_first_rules_are_among_the_new_ones():
-    draw = np.random.default_rng(0)
-    names = {name for rule in RULES for name in rule.signals} - {"language"}
-    signals = {name: draw.integers(0, 60, 500) for name in names}
-    old = dict(gopher.dropped_by(signals, RulesConfig()))
-    new = dict(chain.dropped_by(signals, RulesConfig()))
-    assert old.keys() == new.keys()
-    for reason, mask in old.items():
-        assert (mask == new[reason]).all(), reason
 
 
 @pytest.mark.parametrize(

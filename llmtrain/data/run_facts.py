@@ -1,0 +1,162 @@
+"""From the steps of a run to its `facts.json`: what `llmtrain report` draws of it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from llmtrain.data.content.config import PII_KINDS, DecontaminationConfig
+from llmtrain.data.content.decontaminate import PAIR, EvalIndex
+from llmtrain.data.dedup.units import DUPLICATE, DedupUnit
+from llmtrain.data.docs import StoredTexts
+from llmtrain.data.facts import FactsBuilder
+from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.filters.measures import measures_of, values_of
+from llmtrain.data.scan import unit_files
+from llmtrain.data.verdicts import Scanned, digests, flat
+from llmtrain.files import atomic_write
+
+DUPLICATES = {"duplicate": "exact", "near_duplicate": "near"}
+"""Reasons of the steps that find clusters, and what their members have in common."""
+
+
+def facts_of_unit(
+    table: pa.Table,
+    signals: Mapping[str, npt.NDArray[Any]],
+    outcomes: npt.NDArray[Any],
+    *,
+    first: int,
+    rules: RulesConfig,
+    reasons: Sequence[str],
+) -> FactsBuilder:
+    """Collect what one unit tells.
+
+    Args:
+        table: its signals.
+        signals: the same as arrays.
+        outcomes: decide.OUTCOME rows.
+        first: number of its first document.
+    """
+    builder = FactsBuilder(reasons, measures_of(rules), duplicate_reasons=DUPLICATES)
+    builder.add_unit(
+        first=first,
+        ids=digests(table, "id"),
+        num_bytes=signals["num_bytes"],
+        reason=outcomes["reason"],
+        source=flat(table, "source"),
+        values=values_of(signals),
+        language=flat(table, "language") if "language" in table.column_names else None,
+    )
+    for reason, kind in DUPLICATES.items():
+        rows = np.flatnonzero(outcomes["reason"] == reasons.index(reason))
+        found = np.empty(len(rows), dtype=DUPLICATE)
+        found["document"] = first + rows
+        for name in ("survivor", "cluster_size"):
+            found[name] = outcomes[name][rows]
+        if len(found):
+            builder.add_duplicates(kind, found)
+    masked = {
+        kind: int(signals[f"num_pii_{kind}"].sum()) for kind in PII_KINDS if f"num_pii_{kind}" in signals
+    }
+    builder.add_counts("pii", {kind: count for kind, count in masked.items() if count})
+    removed = {
+        name.removeprefix("removed_").removesuffix("_bytes"): {
+            "lines": int(signals[name.removesuffix("_bytes") + "_lines"].sum()),
+            "bytes": int(values.sum()),
+        }
+        for name, values in signals.items()
+        if name.startswith("removed_") and name.endswith("_bytes")
+    }
+    builder.add_counts("edits", {reason: counts for reason, counts in removed.items() if counts["lines"]})
+    return builder
+
+
+def save(builder: FactsBuilder, path: Path) -> None:
+    with atomic_write(path) as stream:
+        pickle.dump(builder, stream)
+
+
+def joined(paths: Sequence[Path]) -> FactsBuilder:
+    """The sum of what the units told. The files are this run's own."""
+    total: FactsBuilder | None = None
+    for path in paths:
+        with open(path, "rb") as stream:
+            builder = pickle.load(stream)
+        if total is None:
+            total = builder
+        else:
+            total.merge(builder)
+    assert total is not None, "a run has at least one unit"
+    return total
+
+
+class LookUp:
+    """Finds documents by number, to be shown."""
+
+    def __init__(self, out: Path, scanned: Scanned, units: Sequence[DedupUnit], texts: StoredTexts) -> None:
+        self._out = out
+        self._scanned = scanned
+        self._units = units
+        self._texts = texts
+        self._before = list(scanned.records_before())
+
+    def __call__(self, documents: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """`id`, `source`, `path`, `record` and `text` of each. Of an earlier run's documents there is an id
+        alone."""
+        firsts = np.array([unit.first for unit in self._units], dtype=np.int64)
+        of = np.searchsorted(firsts, documents, side="right") - 1
+        shown = []
+        for number, unit in zip(documents.tolist(), of.tolist(), strict=True):
+            if unit >= len(self._scanned.units):
+                shown.append(self._of_earlier_run(unit, number))
+                continue
+            row = number - int(firsts[unit])
+            path = unit_files(self._out, self._scanned.key, unit).signals
+            with pa.memory_map(str(path)) as handle:
+                table = pa.ipc.open_file(handle).read_all().slice(row, 1)
+                [values] = table.select(["id", "source", "slice", "record"]).to_pylist()
+            piece = self._scanned.units[unit].slices[values["slice"]]
+            text, _ = self._texts.texts(np.array([number], dtype=np.int64))
+            shown.append(
+                {
+                    "id": values["id"].hex(),
+                    "source": values["source"],
+                    "path": piece.name,
+                    "record": values["record"] + self._before[unit][values["slice"]],
+                    "text": text.tobytes(),
+                }
+            )
+        return shown
+
+    def _of_earlier_run(self, unit: int, number: int) -> dict[str, Any]:
+        row = np.load(self._units[unit].documents, mmap_mode="r")[number - self._units[unit].first]
+        digest = f"{int(row['id_high']):016x}{int(row['id_low']):016x}"
+        return {"id": digest, "source": "an earlier run", "path": "", "record": 0, "text": None}
+
+
+def decontamination_report(
+    cfg: DecontaminationConfig, out: Path, scanned: Scanned, ids: Sequence[Path]
+) -> dict[str, Any]:
+    """What of each evaluation item was found, and where. Holds the matches of all documents.
+
+    Args:
+        ids: DOCUMENT rows of each unit.
+    """
+    names: list[str] = []
+    parts = [np.zeros(0, dtype=PAIR)]
+    for unit, path in zip(scanned.units, ids, strict=True):
+        pairs = np.load(unit_files(out, scanned.key, unit.number).matches)
+        documents = np.load(path, mmap_mode="r")
+        pairs = pairs[pairs["document"] < len(documents)]
+        rows, places = np.unique(pairs["document"], return_inverse=True)
+        pairs["document"] = len(names) + places
+        found = documents[rows]
+        names += [f"{int(row['id_high']):016x}{int(row['id_low']):016x}" for row in found]
+        parts.append(pairs)
+    return EvalIndex.load(cfg).report(np.concatenate(parts), names)
