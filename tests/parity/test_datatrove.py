@@ -1,8 +1,7 @@
 """Our keep or drop equals datatrove's, rule by rule, on text nobody here wrote, with its words for both.
 
-datatrove 0.10.1 needs an older xxhash than ours, so it has a Python of its own, which
-LLMTRAIN_DATATROVE_PYTHON names: docs/data_rules.md says how to make one. What differs on purpose is named
-here, and counted there.
+Needs datatrove (`pip install llmtrain[rivals]`), in this Python or in the one that LLMTRAIN_DATATROVE_PYTHON
+names. What differs on purpose is named here, and counted in docs/data_rules.md.
 """
 
 from __future__ import annotations
@@ -11,9 +10,11 @@ import gzip
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,8 @@ from llmtrain.data.text.words import Words, words_of_spans
 
 pytestmark = pytest.mark.slow
 
-PYTHON = os.environ.get("LLMTRAIN_DATATROVE_PYTHON")
+IS_HERE = find_spec("datatrove") is not None and find_spec("spacy") is not None
+PYTHON = os.environ.get("LLMTRAIN_DATATROVE_PYTHON") or (sys.executable if IS_HERE else None)
 CORPORA = Path(__file__).parents[3] / "shared/corpora"
 SCRIPT = Path(__file__).parent / "datatrove_decisions.py"
 MOST_CHARS = 20_000
@@ -145,7 +147,7 @@ def documents() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     if PYTHON is None:
-        pytest.skip("set LLMTRAIN_DATATROVE_PYTHON to a Python that has datatrove: docs/data_rules.md")
+        pytest.skip("no datatrove: pip install llmtrain[rivals]")
     if not CORPORA.is_dir():
         pytest.skip(f"no texts at {CORPORA}")
     found = (normalize(text) for text in documents() if len(text) <= MOST_CHARS)
