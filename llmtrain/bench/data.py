@@ -54,9 +54,9 @@ log = logging.getLogger(__name__)
 TEXT_BYTES = 40_000_000
 RIVAL_BYTES = 1_500_000
 """Text that datatrove's filters and signatures are timed on."""
-DEDUP_BYTES = 13_000_000
+DEDUP_BYTES = 40_000_000
 """Text of the four stages, for both."""
-SCALING_BYTES = 160_000_000
+SCALING_BYTES = 400_000_000
 BATCH_BYTES = 4 << 20
 REPEATS = 3
 UNIT = "MB/s/core"
@@ -386,11 +386,12 @@ def _dedup_seconds(texts: list[bytes], folder: Path) -> tuple[float, float]:
     path = _write_jsonl(source / "texts.jsonl", texts)
     corpus = CorpusConfig(name="dedup", format=Format.jsonl, paths=[str(path)])
     ours = []
+    dedup = DedupConfig(
+        exact=False, near=NearConfig(enabled=True), max_source_removal=None, write_index=False
+    )
     for number in range(REPEATS):
-        dedup = DedupConfig(
-            exact=False, near=NearConfig(enabled=True), max_source_removal=None, write_index=False
-        )
-        report = _prepare(corpus, folder / f"dedup-{number}", dedup=dedup, stop_after=StopAfter.documents)
+        out = folder / f"dedup-{number}"
+        report = _prepare(corpus, out, measure=False, dedup=dedup, stop_after=StopAfter.documents)
         ours.append(sum(seconds for name, seconds in report.seconds.items() if name != "compile"))
     theirs, num_kept = _datatrove.dedup_seconds(path, folder / "dedup-rival")
     kept = sum(file.num_documents for file in report.documents)

@@ -111,6 +111,9 @@ class DataConfig:
     corpus: CorpusConfig
     edits: EditsConfig = field(default_factory=EditsConfig)
     content: ContentConfig = field(default_factory=ContentConfig)
+    measure: bool = True
+    """Whether the numbers that rules of Gopher, FineWeb, DCLM and code compare are measured. Without them a
+    run that only deduplicates reads a third faster, and such a rule is refused."""
     rules: RulesConfig = field(default_factory=RulesConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)

@@ -115,7 +115,10 @@ def judge_unit(task: JudgeTask) -> dict[str, Any]:
         documents = np.zeros(table.num_rows, dtype=DOCUMENT)
         outcomes = np.zeros(table.num_rows, dtype=OUTCOME)
         outcomes["reason"], outcomes["survivor"], outcomes["num_bytes"] = KEPT, -1, signals["num_bytes"]
-        for reason, mask in (("empty", signals["edited_num_words"] == 0), *dropped_by(signals, task.rules)):
+        for reason, mask in (
+            ("empty", signals["edited_num_segments"] == 0),
+            *dropped_by(signals, task.rules),
+        ):
             number = REASONS.index(reason)
             outcomes["reason"][(outcomes["reason"] == KEPT) & mask] = number
         documents["alive"] = outcomes["reason"] == KEPT
@@ -172,7 +175,7 @@ def rank(signals: Mapping[str, npt.NDArray[Any]], survivor: Survivor) -> npt.NDA
         case Survivor.smallest_id:
             return np.zeros(len(signals["num_bytes"]))
         case Survivor.longest:
-            return signals["edited_num_chars"]
+            return signals["num_bytes"].astype(np.float64)
         case Survivor.quality:
             if "quality" not in signals:
                 raise DataError(

@@ -54,13 +54,13 @@ def read_batches(out: Path, scan_key: str, unit: int, rows: Ints) -> Iterator[tu
     batch_starts = np.concatenate([[0], np.cumsum(_batch_rows(files.done))])
     with pa.memory_map(str(files.docs)) as handle:
         reader = pa.ipc.open_file(handle)
-        for number in range(len(batch_starts) - 1):
-            first, last = np.searchsorted(rows, batch_starts[number : number + 2])
-            if first < last:
-                batch = reader.get_batch(number)
-                if last - first < batch.num_rows:
-                    batch = batch.take(pa.array(rows[first:last] - batch_starts[number]))
-                yield rows[first:last], batch
+        cuts = np.searchsorted(rows, batch_starts)
+        for number in np.flatnonzero(np.diff(cuts)).tolist():
+            first, last = cuts[number : number + 2].tolist()
+            batch = reader.get_batch(number)
+            if last - first < batch.num_rows:
+                batch = batch.take(pa.array(rows[first:last] - batch_starts[number]))
+            yield rows[first:last], batch
 
 
 def text_of(batch: pa.RecordBatch) -> TextBatch:

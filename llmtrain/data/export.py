@@ -6,6 +6,7 @@ A unit is a file: a run of documents of one split, cut where their text passes a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmtrain.data.folder import read_done, write_done
@@ -21,6 +23,7 @@ from llmtrain.files import atomic_write, hash_file
 
 EXPORT_VERSION = 1
 """Part of the folder's key: raise it when the same documents would give other files."""
+ROW_GROUP_BYTES = 32 << 20
 NOT_DICTIONARIES = ("id", "text", "url", "record", "metadata")
 
 
@@ -61,8 +64,8 @@ def export_documents(task: ExportTask) -> dict[str, Any]:
     with ExitStack() as stack:
         stream = stack.enter_context(atomic_write(target))
         writer = None
-        for part, (text, offsets), columns in task.verdicts.documents(rows):
-            batch = _batch(part, text, offsets, columns)
+        for batches in _row_groups(task.verdicts, rows):
+            batch = batches[0]
             if writer is None:
                 dictionaries = [name for name in batch.schema.names if name not in NOT_DICTIONARIES]
                 writer = stack.enter_context(
@@ -71,9 +74,10 @@ def export_documents(task: ExportTask) -> dict[str, Any]:
                         use_dictionary=dictionaries, write_statistics=dictionaries,
                     )
                 )  # fmt: skip
-            writer.write_batch(batch)
-            num_documents += batch.num_rows
-            text_bytes += int(offsets[-1] - offsets[0])
+            group = pa.Table.from_batches(batches)
+            writer.write_table(group)
+            num_documents += group.num_rows
+            text_bytes += pc.sum(pc.binary_length(group.column("text"))).as_py()
     entry = DocumentsFile(
         path=task.path,
         split=task.split,
@@ -85,6 +89,19 @@ def export_documents(task: ExportTask) -> dict[str, Any]:
     summary = {"file": asdict(entry)}
     write_done(done, summary, [target])
     return summary
+
+
+def _row_groups(verdicts: Verdicts, rows: pa.Table) -> Iterator[list[pa.RecordBatch]]:
+    """The documents of some rows in batches that come to about ROW_GROUP_BYTES of text."""
+    group, num_bytes = [], 0
+    for part, (text, offsets), columns in verdicts.documents(rows):
+        group.append(_batch(part, text, offsets, columns))
+        num_bytes += int(offsets[-1] - offsets[0])
+        if num_bytes >= ROW_GROUP_BYTES:
+            yield group
+            group, num_bytes = [], 0
+    if group:
+        yield group
 
 
 def _batch(

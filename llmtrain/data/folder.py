@@ -7,13 +7,14 @@ lost. Changed bytes of the same size are left to `manifest.verify`.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llmtrain.data.manifest import MANIFEST_NAME
-from llmtrain.files import LOCK_FILE, hash_json, read_json, write_json
+from llmtrain.files import LOCK_FILE, atomic_write, hash_json, read_json
 
 PARTS = (
     "docs", "documents", "index", "lines", "matches", "ngrams", "packs", "quarantine", "shards", "signals",
@@ -33,7 +34,8 @@ def key_of(**parts: Any) -> str:
 def write_done(done: Path, summary: dict[str, Any], files: Iterable[Path]) -> None:
     """Say that a unit is done. Its last act: the files must be in place."""
     sizes = {os.path.relpath(path, done.parent): path.stat().st_size for path in files}
-    write_json(done, {**summary, "file_bytes": sizes})
+    with atomic_write(done, "w") as handle:
+        handle.write(json.dumps({**summary, "file_bytes": sizes}, sort_keys=True))
 
 
 def read_done(done: Path) -> dict[str, Any] | None:

@@ -27,12 +27,14 @@ import numpy as np
 import zstandard
 
 from llmtrain.data.config import DataConfig, StopAfter
-from llmtrain.data.content.config import ContentConfig
+from llmtrain.data.content.config import ContentConfig, check_codes
+from llmtrain.data.content.language import known_codes
 from llmtrain.data.decide import decide
 from llmtrain.data.document import BAD_REASONS, SKIP_REASONS
 from llmtrain.data.engines.engine import Engine, make_engine
 from llmtrain.data.export import EXPORT_VERSION, DocumentsFile, ExportTask, export_documents
 from llmtrain.data.facts import FACTS_NAME, write_facts
+from llmtrain.data.filters.chain import RULES
 from llmtrain.data.flow import check_closes
 from llmtrain.data.folder import key_of, read_done, remove_leftovers, write_done
 from llmtrain.data.manifest import (
@@ -46,7 +48,7 @@ from llmtrain.data.manifest import (
 from llmtrain.data.pack import plan_rows, write_pack
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
-from llmtrain.data.signals import SignalsConfig, warm_up
+from llmtrain.data.signals import SignalsConfig, available, warm_up
 from llmtrain.data.sources import python_docs
 from llmtrain.data.sources.config import CorpusConfig
 from llmtrain.data.sources.read import plan_units
@@ -55,7 +57,7 @@ from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, tokenize_shar
 from llmtrain.data.tokenizer import words
 from llmtrain.data.verdicts import SPLITS, Scanned, Verdicts, cut_at
 from llmtrain.data.vocabulary import choose_tokenizer
-from llmtrain.errors import DataError, LaunchError
+from llmtrain.errors import ConfigError, DataError, LaunchError
 from llmtrain.files import (
     FolderLock,
     atomic_write,
@@ -106,6 +108,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         DataError: nothing to read, too many bad records, nothing left, no space, a vocabulary that does
         not fit; `cfg.out` cannot be written. LaunchError: another process is writing the folder.
     """
+    check(cfg)
     out = Path(cfg.out)
     times: dict[str, tuple[float, float]] = {}
 
@@ -144,6 +147,35 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         report.cpu_seconds = {name: cpu for name, (_, cpu) in times.items()}
         _write_facts(cfg, report, verdicts)
     return report
+
+
+NEEDED = {
+    "language": "content.language.enabled=true",
+    "language_score": "content.language.enabled=true",
+    "quality": "content.quality.model=FILE",
+    "url_blocked": "content.urls.block=[FILE]",
+    "num_contaminated_ngrams": "content.decontamination.sets=[...]",
+}
+"""What gives a signal, where it is not `measure`."""
+
+
+def check(cfg: DataConfig) -> None:
+    """Refuse, before any work, rules whose signals nobody measures, and languages that nobody knows.
+
+    Raises:
+        ConfigError: names the rule and the setting that it needs.
+    """
+    known = available(signals_config(cfg))
+    for rule in RULES:
+        bound = getattr(cfg.rules, rule.setting)
+        for name in rule.signals:
+            if bound is not None and name not in known:
+                raise ConfigError(
+                    f"rules.{rule.setting}={bound} needs the signal {name}: set "
+                    f"{NEEDED.get(name, 'measure=true')}, or rules.{rule.setting}=null"
+                )
+    if cfg.rules.languages is not None:
+        check_codes(cfg.rules.languages, known_codes(cfg.content.language), "rules.languages")
 
 
 def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
@@ -204,6 +236,7 @@ def signals_config(cfg: DataConfig) -> SignalsConfig:
     near = cfg.dedup.near
     return SignalsConfig(
         edits=cfg.edits,
+        measure=cfg.measure,
         content=cfg.content,
         num_permutations=near.num_permutations if near.enabled else 0,
         shingle_words=near.shingle_words,

@@ -96,6 +96,10 @@ def joined(paths: Sequence[Path]) -> FactsBuilder:
     return total
 
 
+SHOWN = ("slice", "record", "id", "content", "source")
+"""The first columns of a unit's signals."""
+
+
 class LookUp:
     """Finds documents by number, to be shown."""
 
@@ -107,29 +111,36 @@ class LookUp:
         self._before = list(scanned.records_before())
 
     def __call__(self, documents: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
-        """`id`, `source`, `path`, `record` and `text` of each. Of an earlier run's documents there is an id
-        alone."""
+        """`id`, `source`, `path`, `record` and `text` of each (numbers ascending). Of documents of an earlier
+        run there is an id alone."""
         firsts = np.array([unit.first for unit in self._units], dtype=np.int64)
         of = np.searchsorted(firsts, documents, side="right") - 1
+        shown: list[dict[str, Any]] = []
+        for unit in np.unique(of).tolist():
+            numbers = documents[of == unit]
+            if unit < len(self._scanned.units):
+                shown += self._of_this_run(unit, numbers, numbers - firsts[unit])
+            else:
+                shown += [self._of_earlier_run(unit, number) for number in numbers.tolist()]
+        return shown
+
+    def _of_this_run(
+        self, unit: int, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
+    ) -> list[dict[str, Any]]:
+        with pa.memory_map(str(unit_files(self._out, self._scanned.key, unit).signals)) as handle:
+            options = pa.ipc.IpcReadOptions(included_fields=list(range(len(SHOWN))))
+            table = pa.ipc.open_file(handle, options=options).read_all().take(pa.array(rows))
+        text, offsets = self._texts.texts(numbers)
         shown = []
-        for number, unit in zip(documents.tolist(), of.tolist(), strict=True):
-            if unit >= len(self._scanned.units):
-                shown.append(self._of_earlier_run(unit, number))
-                continue
-            row = number - int(firsts[unit])
-            path = unit_files(self._out, self._scanned.key, unit).signals
-            with pa.memory_map(str(path)) as handle:
-                table = pa.ipc.open_file(handle).read_all().slice(row, 1)
-                [values] = table.select(["id", "source", "slice", "record"]).to_pylist()
-            piece = self._scanned.units[unit].slices[values["slice"]]
-            text, _ = self._texts.texts(np.array([number], dtype=np.int64))
+        for at, row in enumerate(table.to_pylist()):
+            piece = self._scanned.units[unit].slices[row["slice"]]
             shown.append(
                 {
-                    "id": values["id"].hex(),
-                    "source": values["source"],
+                    "id": row["id"].hex(),
+                    "source": row["source"],
                     "path": piece.name,
-                    "record": values["record"] + self._before[unit][values["slice"]],
-                    "text": text.tobytes(),
+                    "record": row["record"] + self._before[unit][row["slice"]],
+                    "text": text[offsets[at] : offsets[at + 1]].tobytes(),
                 }
             )
         return shown

@@ -18,9 +18,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
@@ -38,6 +40,9 @@ from llmtrain.files import atomic_write
 SCAN_VERSION = 3
 """Part of the folder's key: raise it when the same input would give other documents or signals."""
 BATCH_BYTES = 4 << 20
+"""Of raw text: what is measured at once."""
+DOCS_BATCH_BYTES = 256 << 10
+"""Of text: what is compressed, and read back, at once."""
 DOCS_SCHEMA = pa.schema(
     [
         ("text", pa.large_binary()),
@@ -204,7 +209,10 @@ class _Writers:
 
     def write(self, slices: Sequence[Slice], good: list[_Pending], measured: Measured) -> None:
         first = sum(self.batch_rows)
-        self._table(self._files.docs, _docs_batch(good, measured))
+        docs = _docs_batch(good, measured)
+        for start, end in _cuts(measured.offsets):
+            self._table(self._files.docs, docs.slice(start, end - start))
+            self.batch_rows.append(end - start)
         signals = _signals_batch(slices, good, measured)
         self._table(self._files.signals, signals)
         self.sources.update(signals.column("source").unique().to_pylist())
@@ -218,7 +226,6 @@ class _Writers:
         if measured.matches is not None:
             measured.matches["document"] += first
             self._array(self._files.matches, measured.matches)
-        self.batch_rows.append(len(good))
         self.num_text_bytes += len(measured.text)
 
     def _table(self, path: Path, batch: pa.RecordBatch) -> None:
@@ -236,6 +243,12 @@ class _Writers:
         if path not in self._writers:
             self._writers[path] = self._stack.enter_context(kind(*arguments, **options))
         return self._writers[path]
+
+
+def _cuts(offsets: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Runs of documents of about DOCS_BATCH_BYTES of text, for reading some of them without all."""
+    starts = np.flatnonzero(np.diff(offsets[:-1] // DOCS_BATCH_BYTES, prepend=-1))
+    return pairwise([*starts.tolist(), len(offsets) - 1])
 
 
 def _docs_batch(good: list[_Pending], measured: Measured) -> pa.RecordBatch:

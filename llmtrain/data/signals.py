@@ -44,12 +44,30 @@ class SignalsConfig:
     """What decides the text and the numbers of a document."""
 
     edits: EditsConfig
+    measure: bool
     content: ContentConfig
     num_permutations: int
     """Of MinHash signatures; 0: none are made."""
     shingle_words: int
     lines: LineConfig
     ngrams: NgramConfig
+
+
+def available(cfg: SignalsConfig) -> set[str]:
+    """Names of the signals that documents will have."""
+    content = cfg.content
+    names = {"edited_num_segments", *EDIT_SIGNALS}
+    if cfg.measure:
+        names.update(SIGNALS, EDITED_SIGNALS)
+    if content.language.enabled:
+        names.update(("language", "language_score"))
+    if content.quality.model is not None:
+        names.add("quality")
+    if content.urls.is_on:
+        names.add("url_blocked")
+    if content.decontamination.is_on:
+        names.add("num_contaminated_ngrams")
+    return names
 
 
 class Tools:
@@ -106,9 +124,10 @@ def measure_batch(raw: list[bytes], urls: Sequence[str | None], tools: Tools) ->
     text, offsets, kept, invalid = _cleaned(raw)
     clean_bytes = np.diff(offsets)
     words = split_words(text, offsets)
-    values = measure(text, offsets, words)
     columns: dict[str, npt.NDArray[Any]] = {"clean_bytes": clean_bytes}
-    columns |= {name: values[:, number] for number, name in enumerate(SIGNALS)}
+    if cfg.measure:
+        values = measure(text, offsets, words)
+        columns |= {name: values[:, number] for number, name in enumerate(SIGNALS)}
     is_changed = np.zeros(len(kept), dtype=np.bool_)
 
     edited = edit_lines(text, offsets, cfg.edits)
@@ -122,8 +141,10 @@ def measure_batch(raw: list[bytes], urls: Sequence[str | None], tools: Tools) ->
         columns |= {f"num_pii_{kind}": counts[:, number] for number, kind in enumerate(PII_KINDS)}
     if is_changed.any():
         words = split_words(text, offsets)
-    after = measure_edited(text, offsets, words, cfg.edits.short_line_chars)
-    columns |= {name: after[:, number] for number, name in enumerate(EDITED_SIGNALS)}
+    if cfg.measure:
+        after = measure_edited(text, offsets, words, cfg.edits.short_line_chars)
+        columns |= {name: after[:, number] for number, name in enumerate(EDITED_SIGNALS)}
+    columns["edited_num_segments"] = np.diff(words.offsets)
     columns["num_bytes"] = np.diff(offsets)
 
     languages = None

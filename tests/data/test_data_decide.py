@@ -97,7 +97,7 @@ def write_signals(path: Path, **columns: list[float]) -> Path:
     """Signals of three documents of two sources."""
     needed = {name for rule in RULES for name in rule.signals if name != "language"}
     values = {name: [0, 0, 0] for name in needed} | {
-        "edited_num_words": [9, 9, 9],
+        "edited_num_segments": [9, 9, 9],
         "raw_bytes": [12, 12, 12],
         "clean_bytes": [11, 11, 11],
         "num_bytes": [10, 10, 10],
@@ -138,7 +138,7 @@ def test_a_document_is_dropped_for_one_reason_the_first(tmp_path: Path) -> None:
 
 
 def test_a_document_without_words_is_empty_even_without_rules(tmp_path: Path) -> None:
-    assert judge(tmp_path, RulesConfig(), edited_num_words=[1, 0, 1])[0] == ["", "empty", ""]
+    assert judge(tmp_path, RulesConfig(), edited_num_segments=[1, 0, 1])[0] == ["", "empty", ""]
 
 
 def test_what_the_scan_removed_is_counted_by_reason_and_source(tmp_path: Path) -> None:

@@ -22,7 +22,15 @@ import sentencepiece
 import zstandard
 
 from llmtrain.data import pipeline, tokenize
-from llmtrain.data.config import DataConfig, HeldOutConfig, PackConfig, ShardsConfig, TokenizerConfig
+from llmtrain.data.config import (
+    DataConfig,
+    HeldOutConfig,
+    PackConfig,
+    ShardsConfig,
+    StopAfter,
+    TokenizerConfig,
+)
+from llmtrain.data.content.config import ContentConfig, LanguageConfig
 from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig
 from llmtrain.data.document import normalize
 from llmtrain.data.engines.config import EngineConfig, EngineKind
@@ -540,3 +548,48 @@ def test_settings_that_cannot_be_are_refused(kind: Any, settings: dict[str, Any]
 def test_the_quarantine_share_is_a_share(jsonl_config: Config) -> None:
     with pytest.raises(ConfigError, match=r"max_quarantine_share=1.5 must lie in 0..1"):
         jsonl_config("x", max_quarantine_share=1.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rules": RulesConfig(min_words=5), "measure": False},
+            r"rules.min_words=5 needs the signal num_words: set measure=true, or rules.min_words=null",
+        ),
+        (
+            {"rules": RulesConfig(min_language_score=0.5)},
+            r"needs the signal language_score: set content.language.enabled=true",
+        ),
+        (
+            {"rules": RulesConfig(min_quality=0.5)},
+            r"needs the signal quality: set content.quality.model=FILE",
+        ),
+        (
+            {
+                "rules": RulesConfig(languages=["en", "eng"]),
+                "content": ContentConfig(language=LanguageConfig(enabled=True)),
+            },
+            r"rules.languages: unknown language code 'eng'",
+        ),
+    ],
+)
+def test_a_rule_that_cannot_be_decided_is_refused_before_any_work(
+    corpus: Path, jsonl_config: Config, changes: dict[str, Any], message: str
+) -> None:
+    cfg = jsonl_config(corpus, **changes)
+    with pytest.raises(ConfigError, match=message):
+        run(cfg, quiet=True)
+    assert not Path(cfg.out).exists()
+
+
+def test_without_measuring_the_documents_are_the_same(
+    corpus: Path, jsonl_config: Config, tmp_path: Path
+) -> None:
+    digests = []
+    for measure in (True, False):
+        changes = {"rules": RulesConfig(), "measure": measure, "stop_after": StopAfter.documents}
+        report = run(jsonl_config(corpus, out=str(tmp_path / f"out-{measure}"), **changes), quiet=True)
+        digests.append([file.sha256 for file in report.documents])
+    assert digests[0] == digests[1]
+    assert digests[0]

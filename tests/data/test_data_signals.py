@@ -28,8 +28,8 @@ TEXT = st.text(alphabet=ALPHABET, max_size=80) | st.text(max_size=40)
 
 def settings_of(**changes: object) -> SignalsConfig:
     values = {
-        "edits": EditsConfig(), "content": ContentConfig(), "num_permutations": 0, "shingle_words": 5,
-        "lines": LineConfig(), "ngrams": NgramConfig(),
+        "edits": EditsConfig(), "measure": True, "content": ContentConfig(), "num_permutations": 0,
+        "shingle_words": 5, "lines": LineConfig(), "ngrams": NgramConfig(),
     }  # fmt: skip
     return SignalsConfig(**(values | changes))  # type: ignore[arg-type]
 

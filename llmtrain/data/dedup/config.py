@@ -15,7 +15,7 @@ class Survivor(Enum):
 
     smallest_id = "smallest_id"
     longest = "longest"
-    """The one with the most characters."""
+    """The one with the most bytes."""
     quality = "quality"
     """The one with the highest quality score."""
 
