@@ -214,6 +214,27 @@ def test_empty_row_groups_and_tables_have_no_records(tmp_path: Path) -> None:
     assert texts == [b"one", b"two"] * 2
 
 
+def test_no_byte_of_a_footer_ends_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one", "two", None], "n": [1, 2, 3]}), path)
+    content = path.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little")
+    cfg = CorpusConfig(name="t", format=Format.parquet, paths=[str(path)])
+    whole = read(cfg)
+    num_damaged = 0
+    for place in range(len(content) - 8 - footer, len(content)):
+        for flip in (0x01, 0xFF):
+            damaged = bytearray(content)
+            damaged[place] ^= flip
+            path.write_bytes(damaged)
+            try:
+                found = read(cfg)
+            except DataError as error:  # names of columns that are not what they were
+                found = [BadRecord("wrong_type", 0, str(error))]
+            num_damaged += found != whole
+    assert num_damaged > footer / 4
+
+
 # Data sets that are streamed.
 
 

@@ -73,7 +73,7 @@ def check_records(found: Numbered) -> None:
         elif isinstance(record, Document):
             assert isinstance(record.text, bytes)
             for text in (record.source, record.url, *(record.metadata or {}).values()):
-                assert text is None or text.encode()
+                assert text is None or isinstance(text.encode(), bytes)
 
 
 # Lines.
@@ -315,9 +315,9 @@ def web_archives_end_in_records(
         found, hashes = read(packed, name, cfg, 1)
         assert hashes == {name: slices.hash_bytes(packed).hex()}
     check_records(found)
-    assert [record for _, _, record in found] == [
-        record for _, _, record in read(content, "a.warc", cfg, 1)[0]
-    ]
+    if streams.compression_inside(content[: streams.MAGIC_BYTES]) == streams.PLAIN:
+        plain, _ = read(content, "a.warc", cfg, 1)
+        assert [record for _, _, record in found] == [record for _, _, record in plain]
 
 
 web_archives_of_any_kind = given(

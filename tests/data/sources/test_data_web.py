@@ -269,7 +269,7 @@ def test_trafilatura_is_asked_for_precision_and_its_absence_is_named(
 
 
 def test_trafilatura_finds_the_article(tmp_path: Path) -> None:
-    pytest.importorskip("trafilatura", reason="an optional extra")
+    pytest.importorskip("trafilatura", reason="an optional extra", exc_type=ImportError)
     found = read(tmp_path / "a.warc", response(PAGE.encode(), HTML), extraction=Extraction.trafilatura)
     assert ARTICLE.strip() in shown(found)[0]
     assert "Menu" not in shown(found)[0]
