@@ -471,6 +471,7 @@ def _decide(
     summary = {
         "funnel": [funnel_of_scan, funnel],
         "documents_digest": hash_json(digest),
+        "input_hash": scanned.input_hash,
         "num_documents": {name: funnel["splits"][name]["documents"] for name in SPLITS},
         "text_bytes": {name: funnel["splits"][name]["bytes"] for name in SPLITS},
         "has_cuts": cfg.dedup.lines.enabled,

@@ -92,6 +92,8 @@ class Manifest:
     held_out_text: str
     """Relative path of a .jsonl.zst with `id` and `text` of every held-out document, in shard order."""
     tool_version: str
+    input_hash: str = ""
+    """Of `input.json`: name, size and hash of every file that was read. "": written before there was one."""
 
     def hash(self, seq_len: int) -> str:
         """Return sha256 of what decides the tokens of every row of `seq_len`: shards, its packs, tokenizer.

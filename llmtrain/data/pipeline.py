@@ -17,7 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -49,8 +49,8 @@ from llmtrain.data.pack import plan_rows, write_pack
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
 from llmtrain.data.signals import SignalsConfig, available, warm_up
-from llmtrain.data.sources import python_docs
-from llmtrain.data.sources.config import CorpusConfig
+from llmtrain.data.sources import markup, python_docs
+from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.sources.read import plan_units
 from llmtrain.data.sources.slices import Plan, Unit, file_digests
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, tokenize_shard
@@ -227,8 +227,9 @@ def _scan(cfg: DataConfig, out: Path, engine: Engine, *, quiet: bool) -> Scanned
                 advance(summary["text_bytes"] if by_text else input_bytes[len(summaries)])
                 summaries.append(summary)
     scanned = Scanned(key=key, units=plan.units[: len(summaries)], summaries=summaries)
-    _write_input(out, cfg, plan, scanned)
-    return scanned if cfg.corpus.max_text_bytes is None else cut_at(scanned, out, cfg.corpus.max_text_bytes)
+    if cfg.corpus.max_text_bytes is not None:
+        scanned = cut_at(scanned, out, cfg.corpus.max_text_bytes)
+    return replace(scanned, input_hash=_write_input(out, plan, scanned))
 
 
 def signals_config(cfg: DataConfig) -> SignalsConfig:
@@ -271,10 +272,27 @@ def _content_files(content: ContentConfig, bad_words: str | None) -> dict[str, s
     return found
 
 
-def _write_input(out: Path, cfg: DataConfig, plan: Plan, scanned: Scanned) -> None:
-    """List the input: what told its state before it was read, and the hash of what was read of each file."""
+def _write_input(out: Path, plan: Plan, scanned: Scanned) -> str:
+    """List the files that were read, with their sizes and hashes. Returns the hash of the list.
+
+    A data set of the `datasets` library is named by its own fingerprint.
+    """
     digests = file_digests(scanned.units, (summary["digests"] for summary in scanned.summaries))
-    write_json(out / INPUT_NAME, {"listed": plan.fingerprint, "xxh3_128": digests})
+    sizes = {entry[0]: entry[1] for entry in plan.fingerprint if isinstance(entry, list)}
+    last = (len(scanned.units) - 1, scanned.last_slice) if scanned.last else (len(scanned.units), 0)
+    names = {
+        piece.name
+        for unit in scanned.units
+        for place, piece in enumerate(unit.slices)
+        if (unit.number, place) <= last
+    }
+    files = [
+        {"name": name, "bytes": sizes.get(name), "xxh3_128": digests[name]}
+        for name in sorted(names & digests.keys())
+    ]
+    listing = {"files": files} if files else {"fingerprint": plan.fingerprint}
+    write_json(out / INPUT_NAME, listing)
+    return hash_json(listing)
 
 
 def _expected_bytes(corpus: CorpusConfig, input_bytes: int) -> tuple[float, bool]:
@@ -324,6 +342,7 @@ def _export(
         "files": [asdict(file) for file in files],
         "funnel": _totals_only(decided["funnel"]),
         "config": cfg.deciding(),
+        "input_hash": decided["input_hash"],
         "versions": _versions(),
     }
     write_json(verdicts.out / DOCUMENTS_NAME, listing)
@@ -468,6 +487,7 @@ def _manifest(
         funnel=funnel,
         config=config,
         config_hash=hash_json(config),
+        input_hash=decided["input_hash"],
         versions=_versions(),
         held_out_text=tokenized.held_out_text,
         tool_version=_tool_version(),
@@ -494,6 +514,8 @@ def _totals_only(funnel: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _warm_up(cfg: DataConfig) -> None:
     """Compile the kernels, or load them, before workers start."""
     warm_up(signals_config(cfg))
+    if cfg.corpus.format is Format.warc:
+        markup.extraction_work(b"<p>")
     python_docs.extract([b'"""a"""\n# b\n'])
     words.warm_up()
 

@@ -62,6 +62,8 @@ class Scanned:
     """Unit and row of the last document that counts; None: all count."""
     last_slice: int = 0
     """The slice of that document."""
+    input_hash: str = ""
+    """Of the list of files that were read."""
 
     @property
     def sources(self) -> list[str]:

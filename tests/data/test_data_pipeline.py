@@ -593,3 +593,16 @@ def test_without_measuring_the_documents_are_the_same(
         digests.append([file.sha256 for file in report.documents])
     assert digests[0] == digests[1]
     assert digests[0]
+
+
+def test_the_manifest_tells_that_a_file_has_other_bytes(
+    write_jsonl: Write, jsonl_config: Config, texts: list[str]
+) -> None:
+    hashes = []
+    for changed in (texts, texts, [*texts[:-1], texts[-1].swapcase()]):
+        path = write_jsonl(changed)
+        cfg = jsonl_config(path)
+        hashes.append(run(cfg, quiet=True).manifest.input_hash)
+        listed = json.loads(Path(cfg.out, "input.json").read_text())["files"]
+        assert [(file["name"], file["bytes"]) for file in listed] == [(str(path), path.stat().st_size)]
+    assert hashes[0] == hashes[1] != hashes[2]
