@@ -1,0 +1,59 @@
+"""What docs/ says of the data folder and of large corpora agrees with the code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from llmtrain.data.content.config import PII_KINDS
+from llmtrain.data.dedup.config import NearConfig
+from llmtrain.data.dedup.units import DOCUMENT
+from llmtrain.data.document import BAD_REASONS, SKIP_REASONS
+from llmtrain.data.folder import LISTINGS, PARTS
+from llmtrain.data.text.edit import EDIT_SIGNALS
+from llmtrain.data.text.measure import EDITED_SIGNALS, SIGNALS
+from llmtrain.data.verdicts import VERDICTS
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def quoted(name: str) -> set[str]:
+    """Everything between backquotes of a page."""
+    return set(re.findall(r"`([^`\n]+)`", (DOCS / name).read_text(encoding="utf-8")))
+
+
+def test_every_column_of_signals_and_verdicts_is_explained() -> None:
+    known = quoted("data_format.md")
+    between = {f"duplicate_{size}gram_chars" for size in range(6, 10)}
+    for name in (*SIGNALS, *EDIT_SIGNALS, *EDITED_SIGNALS, *VERDICTS.names):
+        assert name in known | between, f"docs/data_format.md does not explain {name}"
+    assert set(PII_KINDS) <= known
+
+
+def test_every_reason_of_the_quarantine_is_explained() -> None:
+    assert {*BAD_REASONS, *SKIP_REASONS} <= quoted("data_format.md")
+
+
+def test_every_folder_and_listing_is_in_the_picture() -> None:
+    picture = (DOCS / "data_format.md").read_text(encoding="utf-8").partition("## Keys")[0]
+    for name in (*(f"{part}/" for part in PARTS), *LISTINGS):
+        assert name in picture, f"docs/data_format.md does not show {name}"
+
+
+def test_the_index_takes_the_bytes_that_are_documented() -> None:
+    assert f"for each kept document {DOCUMENT.itemsize} bytes" in (DOCS / "data_format.md").read_text()
+
+
+def test_the_tutorials_table_of_bands_is_the_formula() -> None:
+    text = (DOCS / "data.md").read_text(encoding="utf-8")
+    found = re.search(r"\| true similarity \|(.*)\|\n\|[-|]+\n((?:\| found by .*\n)+)", text)
+    assert found is not None
+    similarities = [float(cell) for cell in found[1].split("|")]
+    rows = re.findall(r"found by (\d+) bands x (\d+) rows \|(.*)\|", found[2])
+    assert len(rows) == 2
+    for bands, per_band, cells in rows:
+        num = int(bands) * int(per_band)
+        near = replace(NearConfig(), num_permutations=num, bands=int(bands), rows=int(per_band))
+        expected = [f"{near.candidate_probability(similarity):.2f}" for similarity in similarities]
+        assert [cell.strip() for cell in cells.split("|")] == expected
