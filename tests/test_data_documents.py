@@ -6,6 +6,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from scaling_table import PAGE, filled, rates_of
+
 from llmtrain.data.content.config import PII_KINDS
 from llmtrain.data.dedup.config import NearConfig
 from llmtrain.data.dedup.units import DOCUMENT
@@ -57,3 +59,14 @@ def test_the_tutorials_table_of_bands_is_the_formula() -> None:
         near = replace(NearConfig(), num_permutations=num, bands=int(bands), rows=int(per_band))
         expected = [f"{near.candidate_probability(similarity):.2f}" for similarity in similarities]
         assert [cell.strip() for cell in cells.split("|")] == expected
+
+
+def test_the_tables_of_large_corpora_are_computed_from_the_rates_above_them() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert len(rates_of(page)) == page.count("| `RATE_") + page.count("| `SIZE_") + page.count("| `SHARE_")
+    assert filled(page) == page, "run `python tests/data/scaling_table.py`, which writes them anew"
+
+
+def test_another_rate_gives_another_table() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert filled(re.sub(r"(`RATE_scan` \| )[\d.]+", r"\g<1>3.0", page)) != page
