@@ -42,7 +42,7 @@ from llmtrain.data.dedup.lines import line_duplicates, read_removals
 from llmtrain.data.dedup.near import NearResult, near_duplicates
 from llmtrain.data.dedup.ngrams import ngram_overlap
 from llmtrain.data.dedup.standing import standings
-from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, read_units, write_units
+from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter, read_units, write_units
 from llmtrain.data.docs import StoredTexts
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.facts import FACTS_NAME
@@ -230,8 +230,8 @@ def load_state(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 def save_state(path: Path, documents: npt.NDArray[Any], outcomes: npt.NDArray[Any]) -> list[Path]:
     for target, rows in ((path, documents), (outcome_file(path), outcomes)):
-        with atomic_write(target) as stream:
-            np.save(stream, rows)
+        with RowWriter(target, rows.dtype) as writer:  # np.save does not tell a full disk from other errors
+            writer.append(rows)
     return [path, outcome_file(path)]
 
 
@@ -329,8 +329,8 @@ def finish_unit(task: FinishTask) -> dict[str, Any]:
         },
     }
     kept = _array_file(task.folder / "stages" / "kept", task.number)
-    with atomic_write(kept) as stream:
-        np.save(stream, is_kept)
+    with RowWriter(kept, is_kept.dtype) as kept_writer:
+        kept_writer.append(is_kept)
     save(facts, _facts_file(task.folder, task.number))
     write_done(done, summary, [target, kept, _facts_file(task.folder, task.number)])
     return summary
@@ -422,6 +422,7 @@ def decide(
         DataError: nothing to read, too many bad records, fewer than two texts left, a source that
         deduplication all but removed.
     """
+    check_previous(cfg.dedup)
     dedup = replace(cfg.dedup, previous=[str(_index_folder(Path(name))) for name in cfg.dedup.previous])
     cfg = replace(cfg, dedup=dedup)
     key = key_of(
@@ -435,10 +436,14 @@ def decide(
     )
     folder = out / "verdicts" / key
     summary = read_done(folder / "summary.json")
+    if summary is not None and cfg.dedup.write_index and not summary.get("has_index"):
+        summary = None  # an index is asked for that the run before was not to write
     if summary is None:
         summary = _decide(cfg, out, folder, scanned, engine, quiet=quiet)
     else:
         check_quarantine(cfg, out / "quarantine" / scanned.key, summary["funnel"][0], None)
+    if cfg.dedup.write_index:
+        write_json(out / "index" / LATEST_NAME, {"folder": folder.name})
     verdicts = Verdicts(out=out, scan_key=scanned.key, folder=folder, has_cuts=summary["has_cuts"])
     return verdicts, summary
 
@@ -475,13 +480,13 @@ def _decide(
         "num_documents": {name: funnel["splits"][name]["documents"] for name in SPLITS},
         "text_bytes": {name: funnel["splits"][name]["bytes"] for name in SPLITS},
         "has_cuts": cfg.dedup.lines.enabled,
+        "has_index": cfg.dedup.write_index,
     }
     write_json(folder / FACTS_NAME, _facts(cfg, out, folder, scanned, units, near))
     files = [folder / FACTS_NAME, *(folder / f"{name}.arrow" for name in PARTS)]
     if cfg.dedup.write_index:
         kept = [_array_file(stages / "kept", unit.number) for unit in own]
         write_index(own, kept, cfg.dedup, engine, out / "index" / folder.name)
-        write_json(out / "index" / LATEST_NAME, {"folder": folder.name})
         files += sorted((out / "index" / folder.name).iterdir())
     if cfg.dedup.lines.enabled:
         files += sorted(path for path in cuts.iterdir() if path.is_file())
@@ -541,8 +546,14 @@ def _index_folder(folder: Path) -> Path:
 
 
 def _index_fingerprint(folder: Path) -> list[Any]:
-    """What changes when the documents of an index do."""
-    return [hash_file(path) for path in sorted(folder.glob("*.json"))]
+    """What changes when the documents of an index do: its settings, and their ids and hashes. Signatures
+    follow from these."""
+    return [hash_file(folder / INDEX_NAME), *(hash_file(path) for path in sorted(folder.glob("documents-*")))]
+
+
+def check_previous(cfg: DedupConfig) -> None:
+    """Raise DataError when an index of an earlier run is not there, or does not compare."""
+    previous_units(replace(cfg, previous=[str(_index_folder(Path(name))) for name in cfg.previous]), [])
 
 
 def _deduplicate(

@@ -80,8 +80,10 @@ def write_pack(folder: Path, relative: str, split: str, seq_len: int, pack: Pack
     """Write the two files of a pack into `folder / relative` and return its manifest entry."""
     paths = {kind: folder / relative / f"{split}.{kind}.npy" for kind in ("rows", "spans")}
     for kind, values in (("rows", pack.rows.astype("<i8")), ("spans", pack.spans)):
-        with atomic_write(paths[kind]) as handle:
-            np.save(handle, values, allow_pickle=False)
+        with atomic_write(paths[kind]) as handle:  # np.save does not tell a full disk from other errors
+            header = np.lib.format.header_data_from_array_1_0(values)
+            np.lib.format.write_array_header_1_0(handle, header)
+            handle.write(np.ascontiguousarray(values).data)
     return PackEntry(
         path=relative,
         split=split,

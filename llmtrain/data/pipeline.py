@@ -29,7 +29,8 @@ import zstandard
 from llmtrain.data.config import DataConfig, StopAfter
 from llmtrain.data.content.config import ContentConfig, check_codes
 from llmtrain.data.content.language import known_codes
-from llmtrain.data.decide import decide
+from llmtrain.data.decide import check_previous, decide
+from llmtrain.data.dedup.config import Survivor
 from llmtrain.data.document import BAD_REASONS, SKIP_REASONS
 from llmtrain.data.engines.engine import Engine, make_engine
 from llmtrain.data.export import EXPORT_VERSION, DocumentsFile, ExportTask, export_documents
@@ -121,10 +122,11 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
     with _disk_full_explained(out), _locked(out), make_engine(cfg.engine) as engine:
         remove_leftovers(out)
         engine.share(out)
+        signals = replace(signals_config(cfg), files=_content_files(cfg.content, cfg.edits.bad_words_file))
         with timed("compile"):
-            _warm_up(cfg)
+            _warm_up(cfg, signals)
         with timed("scan"):
-            scanned = _scan(cfg, out, engine, quiet=quiet)
+            scanned = _scan(cfg, out, signals, engine, quiet=quiet)
         with timed("decide"):
             verdicts, decided = decide(cfg, out, scanned, engine, quiet=quiet)
         report = Report(out=out, funnel=decided["funnel"])
@@ -160,10 +162,12 @@ NEEDED = {
 
 
 def check(cfg: DataConfig) -> None:
-    """Refuse, before any work, rules whose signals nobody measures, and languages that nobody knows.
+    """Refuse, before any work, rules whose signals nobody measures, languages that nobody knows, and indexes
+    of earlier runs that cannot be used.
 
     Raises:
-        ConfigError: names the rule and the setting that it needs.
+        ConfigError: names the rule and the setting that it needs. DataError: an index of dedup.previous that
+        is not there, or does not compare.
     """
     known = available(signals_config(cfg))
     for rule in RULES:
@@ -174,6 +178,17 @@ def check(cfg: DataConfig) -> None:
                     f"rules.{rule.setting}={bound} needs the signal {name}: set "
                     f"{NEEDED.get(name, 'measure=true')}, or rules.{rule.setting}=null"
                 )
+    if cfg.dedup.survivor is Survivor.quality and "quality" not in known:
+        raise ConfigError(
+            "dedup.survivor=quality needs the signal quality: set content.quality.model=FILE, or another "
+            "survivor"
+        )
+    if Path(cfg.out).resolve() in (Path(name).resolve() for name in cfg.dedup.previous):
+        raise ConfigError(
+            f"dedup.previous names out={cfg.out} itself, so every document would be a copy of its own; give "
+            "another out=FOLDER, and name the folders of earlier runs"
+        )
+    check_previous(cfg.dedup)
     if cfg.rules.languages is not None:
         check_codes(cfg.rules.languages, known_codes(cfg.content.language), "rules.languages")
 
@@ -201,9 +216,10 @@ def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
 # Pass 1.
 
 
-def _scan(cfg: DataConfig, out: Path, engine: Engine, *, quiet: bool) -> Scanned:
+def _scan(
+    cfg: DataConfig, out: Path, signals: SignalsConfig, engine: Engine, *, quiet: bool
+) -> Scanned:  # fmt: skip
     plan = plan_units(cfg.corpus, cfg.engine.unit_bytes, out=out)
-    signals = signals_config(cfg)
     key = key_of(
         version=SCAN_VERSION,
         corpus=plain(cfg.corpus),
@@ -211,7 +227,6 @@ def _scan(cfg: DataConfig, out: Path, engine: Engine, *, quiet: bool) -> Scanned
         unit_bytes=cfg.engine.unit_bytes,
         unicode=unicodedata.unidata_version,
         signals=plain(signals),
-        files=_content_files(cfg.content, cfg.edits.bad_words_file),
     )
     summaries: list[dict[str, Any]] = []
     input_bytes = [sum(piece.num_bytes for piece in unit.slices) for unit in plan.units]
@@ -392,8 +407,10 @@ def _tokenize(
             advance(summary["shard"]["text_bytes"])
             summaries.append(summary)
     held_out_text = f"{folder}/held_out.jsonl.zst"
-    if not (verdicts.out / held_out_text).is_file():
+    done = verdicts.out / f"{folder}/held_out.json"
+    if read_done(done) is None:
         _write_held_out_text(verdicts, verdicts.out / held_out_text, decided["num_documents"]["held_out"])
+        write_done(done, {}, [verdicts.out / held_out_text])
     return Tokenized(
         folder=folder,
         shards=[ShardEntry(**summary["shard"]) for summary in summaries],
@@ -511,9 +528,9 @@ def _totals_only(funnel: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in entry.items() if name != "sources"} for entry in funnel]
 
 
-def _warm_up(cfg: DataConfig) -> None:
+def _warm_up(cfg: DataConfig, signals: SignalsConfig) -> None:
     """Compile the kernels, or load them, before workers start."""
-    warm_up(signals_config(cfg))
+    warm_up(signals)
     if cfg.corpus.format is Format.warc:
         markup.extraction_work(b"<p>")
     python_docs.extract([b'"""a"""\n# b\n'])

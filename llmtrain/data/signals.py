@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,9 @@ class SignalsConfig:
     shingle_words: int
     lines: LineConfig
     ngrams: NgramConfig
+    files: dict[str, str] = field(default_factory=dict)
+    """Hashes of the models and lists that `edits` and `content` name: a worker that serves several runs loads
+    a changed one again."""
 
 
 def available(cfg: SignalsConfig) -> set[str]:

@@ -164,7 +164,7 @@ def edit_lines(text: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], cfg:
         table,
         mark_bytes,
         marks,
-        _automaton(cfg.bad_words_file),
+        _automaton(cfg.bad_words_file, _version(cfg.bad_words_file)),
         out,
         out_offsets,
         is_changed,
@@ -240,8 +240,18 @@ def _byte_flags(on: _Switches) -> npt.NDArray[np.uint8]:
     return flags
 
 
+def _version(path: str | None) -> tuple[int, int] | None:
+    """What changes when the file does; None when it is not there."""
+    try:
+        found = Path(path or "").stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
 @functools.lru_cache(maxsize=2)
-def _automaton(path: str | None) -> _BadWords:
+def _automaton(path: str | None, version: tuple[int, int] | None) -> _BadWords:
+    """The words of a file, as it was in this version."""
     words: list[str] = []
     if path is not None:
         try:
