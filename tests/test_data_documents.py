@@ -70,3 +70,14 @@ def test_the_tables_of_large_corpora_are_computed_from_the_rates_above_them() ->
 def test_another_rate_gives_another_table() -> None:
     page = PAGE.read_text(encoding="utf-8")
     assert filled(re.sub(r"(`RATE_scan` \| )[\d.]+", r"\g<1>3.0", page)) != page
+
+
+def test_the_layout_names_every_file_of_the_data_room() -> None:
+    text = (DOCS / "layout.md").read_text(encoding="utf-8").partition("## The data room's files")[2]
+    names = {
+        name for name in re.findall(r"`([\w/.]+)`", text.partition("\n## ")[0]) if name.endswith((".py", "/"))
+    }
+    data = DOCS.parent / "llmtrain/data"
+    files = {path.name for path in data.rglob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in data.glob("*/__init__.py")}
+    assert names == files | folders

@@ -171,8 +171,9 @@ def documented_commands():
 def test_documented_overrides_compose(command):
     _, verb, *arguments = shlex.split(command)
     overrides = [argument for argument in arguments if "=" in argument]
-    first_of_each = [override.split(",")[0] for override in overrides]  # of a sweep's values, one will do
-    config = composed(verb, first_of_each)
+    if "-m" in arguments:  # of a sweep's values, one will do
+        overrides = [override.split(",")[0] for override in overrides]
+    config = composed(verb, overrides)
     assert OmegaConf.get_type(config) is schema_of(verb)
     if "+experiment=demo" in overrides:
         assert isinstance(OmegaConf.to_object(config), schema_of(verb))
