@@ -71,7 +71,7 @@ from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
 
-DECIDE_VERSION = 3
+DECIDE_VERSION = 4
 """Part of the folder's key: raise it when the same signals would give other verdicts."""
 KEPT = -1
 LATEST_NAME = "latest.json"
@@ -436,8 +436,8 @@ def decide(
     )
     folder = out / "verdicts" / key
     summary = read_done(folder / "summary.json")
-    if summary is not None and cfg.dedup.write_index and not summary.get("has_index"):
-        summary = None  # an index is asked for that the run before was not to write
+    if summary is not None and not _still_answers(summary, cfg.dedup):
+        summary = None
     if summary is None:
         summary = _decide(cfg, out, folder, scanned, engine, quiet=quiet)
     else:
@@ -446,6 +446,15 @@ def decide(
         write_json(out / "index" / LATEST_NAME, {"folder": folder.name})
     verdicts = Verdicts(out=out, scan_key=scanned.key, folder=folder, has_cuts=summary["has_cuts"])
     return verdicts, summary
+
+
+def _still_answers(summary: dict[str, Any], cfg: DedupConfig) -> bool:
+    """Whether finished verdicts hold for settings that do not decide them: an index that is asked for is
+    there, and no source lost so many near-duplicates that the run stops."""
+    limit = 1.0 if cfg.max_source_removal is None else cfg.max_source_removal
+    removals = [one for one in summary["near_removals"] if one[0] >= cfg.min_source_documents]
+    has_index: bool = summary["has_index"] or not cfg.write_index
+    return has_index and all(lost / count <= limit for count, lost in removals)
 
 
 def _decide(
@@ -481,6 +490,7 @@ def _decide(
         "text_bytes": {name: funnel["splits"][name]["bytes"] for name in SPLITS},
         "has_cuts": cfg.dedup.lines.enabled,
         "has_index": cfg.dedup.write_index,
+        "near_removals": [[one.num_documents, one.num_removed] for one in near.sources] if near else [],
     }
     write_json(folder / FACTS_NAME, _facts(cfg, out, folder, scanned, units, near))
     files = [folder / FACTS_NAME, *(folder / f"{name}.arrow" for name in PARTS)]

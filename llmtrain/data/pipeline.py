@@ -56,6 +56,7 @@ from llmtrain.data.sources.read import plan_units
 from llmtrain.data.sources.slices import Plan, Unit, file_digests
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, tokenize_shard
 from llmtrain.data.tokenizer import words
+from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.data.verdicts import SPLITS, Scanned, Verdicts, cut_at
 from llmtrain.data.vocabulary import choose_tokenizer
 from llmtrain.errors import ConfigError, DataError, LaunchError
@@ -189,6 +190,8 @@ def check(cfg: DataConfig) -> None:
             "another out=FOLDER, and name the folders of earlier runs"
         )
     check_previous(cfg.dedup)
+    if cfg.stop_after is StopAfter.pack and cfg.tokenizer.path is not None:
+        Tokenizer.load(Path(cfg.tokenizer.path))
     if cfg.rules.languages is not None:
         check_codes(cfg.rules.languages, known_codes(cfg.content.language), "rules.languages")
 
@@ -256,8 +259,8 @@ def signals_config(cfg: DataConfig) -> SignalsConfig:
         content=cfg.content,
         num_permutations=near.num_permutations if near.enabled else 0,
         shingle_words=near.shingle_words,
-        lines=cfg.dedup.lines,
-        ngrams=cfg.dedup.ngrams,
+        lines=replace(cfg.dedup.lines, max_removed_share=None),  # a bound, which decide applies
+        ngrams=replace(cfg.dedup.ngrams, max_share=0.0),  # the same
     )
 
 
@@ -571,6 +574,11 @@ def _disk_full_explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise DataError(
+                f"out={out} cannot be written any more: {error}; mount it for writing again, or give another "
+                "out=FOLDER. The same command then goes on where it was"
+            ) from error
         if error.errno not in DISK_FULL:
             raise
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

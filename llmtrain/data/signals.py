@@ -12,6 +12,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ from llmtrain.data.text import kernels
 from llmtrain.data.text.edit import EDIT_SIGNALS, edit_lines
 from llmtrain.data.text.measure import EDITED_SIGNALS, SIGNALS, measure, measure_edited
 from llmtrain.data.text.words import IS_WORD, Words, split_words
-from llmtrain.files import hash_json, plain
+from llmtrain.errors import DataError
+from llmtrain.files import hash_file, hash_json, plain
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]
@@ -89,11 +91,22 @@ _TOOLS: dict[str, Tools] = {}
 
 
 def tools_for(cfg: SignalsConfig) -> Tools:
-    """The tools of these settings, loaded once a process."""
+    """The tools of these settings, loaded once a process.
+
+    Raises:
+        DataError: a file that is not the one that the run began with.
+    """
     key = hash_json(plain(cfg))
     if key not in _TOOLS:
         _TOOLS.clear()
-        _TOOLS[key] = Tools(cfg)
+        tools = Tools(cfg)
+        for name, known in cfg.files.items():
+            if not Path(name).is_file() or hash_file(Path(name)) != known:
+                raise DataError(
+                    f"{name} changed while this run was on, and some documents were measured with what it "
+                    "was; run the same command again, which begins with what it is now"
+                )
+        _TOOLS[key] = tools
     return _TOOLS[key]
 
 

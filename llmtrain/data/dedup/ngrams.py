@@ -16,6 +16,7 @@ at a false positive rate of 0.01 takes 0.2 TB of memory for it. `keep_one_in` di
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,12 @@ class NgramWriter:
         self._counts.append(counts)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:  # Any: passed on as they come
-        if kind is None:
+        with ExitStack() as stack:
+            stack.push(self._rows)
+            if error is not None:
+                raise error
             for counts in self._counts:
                 self._rows.append(counts)
-        self._rows.__exit__(kind, error, trace)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,12 +109,14 @@ class PartitionWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        with ExitStack() as stack:  # the file goes, too, when these last bytes find no room
+            stack.push(self._context)
+            if error is not None:
+                raise error
             offsets = np.concatenate([[0], np.cumsum(self.counts)]).astype("<i8")
             described = json.dumps(self.dtype.descr).encode()
             self._handle.write(offsets.tobytes() + described)
             self._handle.write(_TAIL.pack(len(self.counts), len(described), MAGIC))
-        self._context.__exit__(kind, error, trace)
 
 
 def write_partitioned(path: Path, keys: Keys, payload: Records, num_partitions: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -215,12 +216,14 @@ class RowWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        with ExitStack() as stack:  # the file goes, too, when these last bytes find no room
+            stack.push(self._context)
+            if error is not None:
+                raise error
             header = self._header()
             assert len(header) == self._num_header, "the header has room for the count"
             self._handle.seek(0)
             self._handle.write(header)
-        self._context.__exit__(kind, error, trace)
 
 
 def _by_unit(units: Sequence[DedupUnit], documents: Ints) -> Iterator[tuple[DedupUnit, slice]]:
