@@ -28,7 +28,6 @@ import zstandard
 
 from llmtrain.data.config import DataConfig, StopAfter
 from llmtrain.data.content.config import ContentConfig, check_codes
-from llmtrain.data.content.language import known_codes
 from llmtrain.data.decide import check_previous, decide
 from llmtrain.data.dedup.config import Survivor
 from llmtrain.data.document import BAD_REASONS, SKIP_REASONS
@@ -49,7 +48,7 @@ from llmtrain.data.manifest import (
 from llmtrain.data.pack import plan_rows, write_pack
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
 from llmtrain.data.shards import ShardReader, token_dtype
-from llmtrain.data.signals import SignalsConfig, available, warm_up
+from llmtrain.data.signals import SignalsConfig, available, tools_for, warm_up
 from llmtrain.data.sources import markup, python_docs
 from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.sources.read import plan_units
@@ -111,6 +110,10 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         not fit; `cfg.out` cannot be written. LaunchError: another process is writing the folder.
     """
     check(cfg)
+    signals = replace(signals_config(cfg), files=_content_files(cfg.content, cfg.edits.bad_words_file))
+    identifier = tools_for(signals).identifier
+    if cfg.rules.languages is not None and identifier is not None:
+        check_codes(cfg.rules.languages, identifier.codes, "rules.languages")
     out = Path(cfg.out)
     times: dict[str, tuple[float, float]] = {}
 
@@ -123,7 +126,6 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
     with _disk_full_explained(out), _locked(out), make_engine(cfg.engine) as engine:
         remove_leftovers(out)
         engine.share(out)
-        signals = replace(signals_config(cfg), files=_content_files(cfg.content, cfg.edits.bad_words_file))
         with timed("compile"):
             _warm_up(cfg, signals)
         with timed("scan"):
@@ -163,8 +165,8 @@ NEEDED = {
 
 
 def check(cfg: DataConfig) -> None:
-    """Refuse, before any work, rules whose signals nobody measures, languages that nobody knows, and indexes
-    of earlier runs that cannot be used.
+    """Refuse, before any work, rules whose signals nobody measures, and indexes of earlier runs that do not
+    compare.
 
     Raises:
         ConfigError: names the rule and the setting that it needs. DataError: an index of dedup.previous that
@@ -192,8 +194,6 @@ def check(cfg: DataConfig) -> None:
     check_previous(cfg.dedup)
     if cfg.stop_after is StopAfter.pack and cfg.tokenizer.path is not None:
         Tokenizer.load(Path(cfg.tokenizer.path))
-    if cfg.rules.languages is not None:
-        check_codes(cfg.rules.languages, known_codes(cfg.content.language), "rules.languages")
 
 
 def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:

@@ -34,6 +34,12 @@ Write = Callable[..., Path]
 INLINE = EngineConfig(kind=EngineKind.inline)
 
 
+@pytest.fixture(autouse=True)
+def no_flushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No power is cut here, and thousands of small files flushed to a disk take minutes."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> list[str]:
     return whole.write_corpus(tmp_path / "in")
@@ -108,11 +114,11 @@ def test_input_that_changes_in_the_middle_stops_the_run_with_its_name(
         patch.setattr(pipeline, "scan_unit", scan_and_change)
         what = "is gone; it had" if change is Path.unlink else "changed while this run was on"
         with pytest.raises(DataError, match=rf"three\.jsonl {what}.*same command again"):
-            run(make(engine=engine), quiet=True)
+            run(make(engine=engine, stop_after=StopAfter.documents), quiet=True)
     assert len(read) > 2
     left = [path for path in corpus if Path(path).exists()]
-    run(make(engine=engine, paths=left), quiet=True)
-    run(make("fresh", paths=left), quiet=True)
+    run(make(engine=engine, paths=left, stop_after=StopAfter.documents), quiet=True)
+    run(make("fresh", paths=left, stop_after=StopAfter.documents), quiet=True)
     out, fresh = (whole.output_of(Path(make(name).out)) for name in ("out", "fresh"))
     assert out == fresh
 
@@ -120,7 +126,8 @@ def test_input_that_changes_in_the_middle_stops_the_run_with_its_name(
 def test_a_list_that_changes_in_the_middle_stops_the_run_with_its_name(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = make(engine=EngineConfig(kind=EngineKind.inline, unit_bytes=6_000))
+    engine = EngineConfig(kind=EngineKind.inline, unit_bytes=20_000)
+    cfg = make(engine=engine, stop_after=StopAfter.documents)
     scan_unit = pipeline.scan_unit
 
     def change_and_scan(task: Any) -> Any:
@@ -164,7 +171,11 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 @pytest.mark.parametrize(
     ("kind", "num_sizes"),
-    [("inline", 6), ("local", 2), pytest.param("inline", 60, marks=pytest.mark.slow)],
+    [
+        ("inline", 4),
+        pytest.param("local", 6, marks=pytest.mark.slow),
+        pytest.param("inline", 60, marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_fills_up_in_any_step_is_named_and_the_run_goes_on_later(
     make: Make, mount: Callable[..., Path], kind: str, num_sizes: int
@@ -291,7 +302,7 @@ def test_changed_lists_models_and_settings_of_the_text_read_it_again(
 
 def test_verdicts_do_not_depend_on_the_engine_or_its_units(make: Make) -> None:
     found = []
-    for number, unit_bytes in enumerate((1_000, 10_000, 1 << 20)):
+    for number, unit_bytes in enumerate((3_000, 30_000, 1 << 20)):
         engine = EngineConfig(kind=EngineKind.inline, unit_bytes=unit_bytes)
         cfg = make(f"units{number}", engine=engine, stop_after=StopAfter.decide)
         run(cfg, quiet=True)
@@ -343,7 +354,7 @@ def test_units_without_a_good_record_or_a_kept_document_leave_no_trace(make: Mak
         (tmp_path / "more" / name).write_bytes(content)
         paths.insert(0 if name < "n" else 2, str(tmp_path / "more" / name))
     outputs = []
-    for unit_bytes in (500, 1 << 20):
+    for unit_bytes in (4_000, 1 << 20):
         engine = EngineConfig(kind=EngineKind.inline, unit_bytes=unit_bytes)
         cfg = make(f"odd{unit_bytes}", paths=paths, engine=engine)
         run(cfg, quiet=True)
