@@ -64,6 +64,6 @@ def remove_leftovers(out: Path) -> None:
     for part in PARTS:
         for path in (out / part).rglob(".*.tmp-*"):
             path.unlink(missing_ok=True)
-    for name in LISTINGS:
-        for path in out.glob(f".{name}.tmp-*"):
+    for pattern in (*(f".{name}.tmp-*" for name in LISTINGS), ".engine-*.tmp-probe"):
+        for path in out.glob(pattern):
             path.unlink(missing_ok=True)

@@ -180,7 +180,7 @@ class DedupConfig:
     """Data folders, or index folders, of earlier runs: what they kept counts as kept already, and is not read
     again. Each holds its own documents only, so name all of them."""
     write_index: bool = True
-    """Whether `index/` is written, for `previous` of later runs: 45 bytes a kept document, and its
+    """Whether `index/` is written, for `previous` of later runs: 46 bytes a kept document, and its
     signature."""
 
     def __post_init__(self) -> None:
