@@ -373,7 +373,6 @@ def test_documents_that_edits_empty_are_dropped_as_empty(write_jsonl: Write, pla
     check_closes(scan)
 
 
-@pytest.mark.slow
 def test_a_hundred_thousand_tiny_documents_in_many_units(write_jsonl: Write, plain_config: Make) -> None:
     path = write_jsonl([f"Tiny text number {number} of many." for number in range(100_000)])
     dedup = DedupConfig(lines=LineConfig(enabled=True, min_chars=5), max_source_removal=None)
@@ -384,7 +383,7 @@ def test_a_hundred_thousand_tiny_documents_in_many_units(write_jsonl: Write, pla
 
 @pytest.mark.slow
 def test_a_document_of_nineteen_megabytes_among_small_ones(tmp_path: Path, write_jsonl: Write) -> None:
-    long = whole.story(5, 110_000)
+    long = whole.story(555, 165_000)
     assert 19_000_000 > len(long) > 15_000_000
     documents = [{"text": whole.story(number)} for number in range(20)]
     path = write_jsonl([*documents[:10], {"text": long}, *documents[10:], {"text": long + " So it ends."}])
