@@ -442,6 +442,8 @@ def decide(
         summary = _decide(cfg, out, folder, scanned, engine, quiet=quiet)
     else:
         check_quarantine(cfg, out / "quarantine" / scanned.key, summary["funnel"][0], None)
+        if not (out / "quarantine" / scanned.key / "all.jsonl").exists():
+            collect_bad_records(out, scanned)
     if cfg.dedup.write_index:
         write_json(out / "index" / LATEST_NAME, {"folder": folder.name})
     verdicts = Verdicts(out=out, scan_key=scanned.key, folder=folder, has_cuts=summary["has_cuts"])
@@ -716,14 +718,15 @@ def _too_few(units: Sequence[DedupUnit], rules: RulesConfig) -> str:
             {REASONS[n] if n != KEPT else "": c for n, c in zip(numbers.tolist(), each.tolist(), strict=True)}
         )
     num_kept = counts.pop("", 0)
-    dropped = ", ".join(f"{name} {count:,}" for name, count in counts.most_common()) or "none"
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))  # whatever the units
+    dropped = ", ".join(f"{name} {count:,}" for name, count in ordered) or "none"
     left = f"{num_kept:,} of {num_documents:,} documents are left"
     message = (
         f"{left}{', all of the same text' if num_kept > 1 else ''}, and two different ones are needed: "
         f"one to train on and one to hold out. Dropped: {dropped}"
     )
     settings = {rule.reason: rule.setting for rule in RULES}
-    for name, _ in counts.most_common():
+    for name, _ in ordered:
         if name in settings:
             value = getattr(rules, settings[name])
             return f"{message}. The first to loosen: rules.{settings[name]}={value} (null switches it off)"

@@ -557,3 +557,14 @@ def test_files_that_the_settings_name_are_looked_at_before_the_scan(
 def test_settings_of_documents_that_cannot_be_are_refused(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DocumentsConfig(**settings)
+
+
+def test_what_was_dropped_is_told_in_one_order_whatever_the_units(
+    write_jsonl: Write, plain_config: Make
+) -> None:
+    path = write_jsonl(["A text of five words.", "", "A text of five words.", "a b", "  "])
+    for unit_bytes in (1, 1 << 20):
+        engine = EngineConfig(kind=EngineKind.inline, unit_bytes=unit_bytes)
+        cfg = plain_config(path, rules=RulesConfig(min_words=3), engine=engine)
+        with pytest.raises(DataError, match=r"1 of 5 .*Dropped: empty 2, duplicate 1, too_short 1\. The fir"):
+            run(cfg, quiet=True)
