@@ -53,6 +53,7 @@ def head(found: Explanation) -> Iterator[Text]:
         "verdict": verdict,
         "file": f"{found.path}, record {found.record:,}",
         "source": found.source,
+        **({"url": found.url} if found.url else {}),
         "text": f"{format_bytes(found.text_bytes)}{f', hash {found.content}' if found.content else ''}",
     }
     for name, fact in facts.items():

@@ -14,7 +14,7 @@ from llmtrain.tracking.report import write_report
 @dataclass(kw_only=True)
 class ReportRoot:
     folder: str | None = None
-    """Folder of a training run, or of prepared data (one with a manifest.json)."""
+    """Folder of a training run, or of prepared data (one with a manifest.json or facts.json)."""
     run: str | None = None
     """Folder of a training run; the same as `folder`."""
     out: str | None = None

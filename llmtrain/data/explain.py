@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmtrain.data.dedup.line_text import remove_spans, spans_of_rows
+from llmtrain.data.dedup.lines import read_removals
+from llmtrain.data.docs import cut_file
 from llmtrain.data.facts import FACTS_NAME
 from llmtrain.data.filters.chain import RULES, value
 from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.filters.rule import Bound, Rule
-from llmtrain.data.manifest import read_manifest
 from llmtrain.data.trace import OutputFormat
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_json
@@ -31,6 +33,8 @@ ID_LETTERS = 32
 NUM_MATCHES_SHOWN = 10
 NUM_OTHERS_SHOWN = 20
 """Members of a cluster that are named."""
+CLUSTERS = {"duplicate": "exact", "near_duplicate": "near"}
+"""Reasons that name a survivor, and what the members of such a cluster have in common."""
 VERDICTS = ("train", "held_out", "dropped")
 """Tables of a verdicts folder."""
 
@@ -134,6 +138,7 @@ class Explanation:
     """Lines and bytes cut out of it, by reason; None: not recorded."""
     pii: dict[str, int] | None = None
     """Places masked in it, by kind; None: not recorded."""
+    url: str | None = None
     text: str | None = None
     """Its beginning, after cutting and masking."""
     text_is_whole: bool = False
@@ -146,22 +151,97 @@ def explain(cfg: ExplainConfig) -> Explanation:
         DataError: no document has this id, or several have; no manifest, or files that it stands on are gone.
     """
     folder = Path(cfg.folder)
-    rules = rules_of(read_manifest(folder).config.get("rules") or {})
-    scan_key, verdicts = _folders(folder)
+    facts = _facts(folder)
+    scan_key, verdicts = facts["folders"]["scan"], folder / "verdicts" / facts["folders"]["verdicts"]
     tables = verdict_tables(verdicts)
     match = find_document(cfg.id, tables)
     unit, row = int(match.row["unit"]), int(match.row["row"])
     signals = read_row(folder / "signals" / scan_key / f"unit-{unit:05d}.arrow", row)
-    text = read_row(folder / "docs" / scan_key / f"unit-{unit:05d}.arrow", row)["text"]
-    exact = equal_texts(match, tables)
+    document = read_row(folder / "docs" / scan_key / f"unit-{unit:05d}.arrow", row)
     return explanation(
         match,
         {name: item for name, item in signals.items() if name not in match.row and name != "slice"},
-        rules,
-        clusters=[] if exact is None else [exact],
-        text=text,
+        rules_of(facts["rules"]),
+        clusters=related(match, tables),
+        edits=_edits(signals),
+        pii=_masked(signals),
+        text=_text(verdicts / "cuts", unit, row, document["text"]),
+        url=document.get("url"),
         text_chars=cfg.text_chars,
     )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS_NAME
+    try:
+        facts: dict[str, Any] = read_json(path)
+        assert {"folders", "rules"} <= facts.keys()
+    except (OSError, ValueError, AssertionError) as error:
+        raise DataError(
+            f"{path} is missing or does not say which folders the last run wrote ({error}); run "
+            "`llmtrain data` to its end"
+        ) from error
+    return facts
+
+
+def _edits(signals: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Lines and bytes that the line edits took, by reason; None without edits."""
+    reasons = [
+        name.removesuffix("_bytes")
+        for name in signals
+        if name.startswith("removed_") and name.endswith("_bytes")
+    ]
+    if not reasons:
+        return None
+    return {
+        name.removeprefix("removed_"): {"lines": signals[f"{name}_lines"], "bytes": signals[f"{name}_bytes"]}
+        for name in reasons
+        if signals[f"{name}_lines"]
+    }
+
+
+def _masked(signals: Mapping[str, Any]) -> dict[str, int] | None:
+    """Places masked, by kind; None where nothing is looked for."""
+    found = {
+        name.removeprefix("num_pii_"): int(item)
+        for name, item in signals.items()
+        if name.startswith("num_pii_")
+    }
+    return {kind: count for kind, count in found.items() if count} if found else None
+
+
+def _text(cuts: Path, unit: int, row: int, text: bytes) -> bytes:
+    """Without the lines that deduplication cut out."""
+    path = cut_file(cuts, unit)
+    if not path.is_file():
+        return text
+    spans = spans_of_rows(read_removals(path), np.array([row], dtype=np.int64))
+    whole = np.frombuffer(bytearray(text), dtype=np.uint8)
+    return remove_spans(whole, np.array([0, len(text)], dtype=np.int64), spans)[0].tobytes()
+
+
+def related(match: Match, tables: Sequence[tuple[str, pa.Table]]) -> list[Cluster]:
+    """The clusters of equal and of similar texts that the document belongs to, by the survivors in the
+    verdict tables."""
+    mine = match.row.get("survivor") or match.row["id"]
+    members = [
+        _match(name, table, row)
+        for name, table in tables
+        for row in matching_rows(mine, table.select(["survivor"]).rename_columns(["id"]))
+    ]
+    kept = [_match(name, table, row) for name, table in tables for row in matching_rows(mine, table)]
+    clusters = []
+    for reason, kind in CLUSTERS.items():
+        of_kind = [member for member in members if member.row["reason"] == reason]
+        if not of_kind:
+            continue
+        survivor = (
+            _relative(kept[0]) if kept else Relative(id=mine, verdict="kept earlier", path="", record=None)
+        )
+        others = [_relative(member) for member in of_kind if member.row["id"] != match.row["id"]]
+        size = int(of_kind[0].row["cluster_size"])
+        clusters.append(Cluster(kind=kind, size=size, survivor=survivor, others=others[:NUM_OTHERS_SHOWN]))
+    return clusters
 
 
 def explanation(
@@ -173,6 +253,7 @@ def explanation(
     edits: dict[str, Any] | None = None,
     pii: dict[str, int] | None = None,
     text: bytes | None = None,
+    url: str | None = None,
     text_chars: int = 2000,
 ) -> Explanation:
     """Put together what is known of a document."""
@@ -185,6 +266,7 @@ def explanation(
         source=row["source"],
         path=row["path"],
         record=row["record"],
+        url=url,
         text_bytes=row["text_bytes"],
         verdict=match.verdict,
         reason=reason,
@@ -248,61 +330,6 @@ def matching_rows(prefix: str, table: pa.Table) -> list[int]:
     return rows
 
 
-def equal_texts(match: Match, tables: Iterable[tuple[str, pa.Table]]) -> Cluster | None:
-    """Documents with the same text, found by the hash of their content; None when there is no other.
-
-    The survivor is the kept one, or, when all were dropped, the one with the smallest id.
-    """
-    content = match.row.get("content")
-    if content is None:
-        return None
-    members = [
-        (name, table, row)
-        for name, table in tables
-        if "content" in table.column_names
-        for row in matching_rows(content, table.select(["content"]).rename_columns(["id"]))
-    ]
-    if len(members) < 2:
-        return None
-    relatives = [_relative(_match(name, table, row)) for name, table, row in members]
-    survivor = min(relatives, key=lambda member: (member.verdict == "dropped", member.id))
-    others = [member for member in relatives if member.id not in (match.row["id"], survivor.id)]
-    return Cluster(kind="exact", size=len(relatives), survivor=survivor, others=others[:NUM_OTHERS_SHOWN])
-
-
-def cluster_of(
-    document: int,
-    duplicates: npt.NDArray[Any],
-    kind: str,
-    relatives: Any,
-) -> Cluster | None:
-    """The cluster of a document in a file of duplicates; None when it is in none.
-
-    Args:
-        document: its number.
-        duplicates: structured, `document`, `survivor`, `cluster_size`, by document; may be a memory map.
-        kind: `exact`, `near`, ...
-        relatives: function from document numbers, ascending, to one `Relative` each.
-    """
-    at = int(np.searchsorted(duplicates["document"], document))
-    survivor = document
-    if at < len(duplicates) and duplicates["document"][at] == document:
-        survivor = int(duplicates["survivor"][at])
-    rows = np.flatnonzero(duplicates["survivor"] == survivor)
-    if not len(rows):
-        return None
-    others = [int(number) for number in duplicates["document"][rows] if number not in (document, survivor)]
-    shown = sorted(others)[:NUM_OTHERS_SHOWN]
-    numbers = np.array(sorted({survivor, *shown}), dtype=np.int64)
-    named = dict(zip(numbers.tolist(), relatives(numbers), strict=True))
-    return Cluster(
-        kind=kind,
-        size=int(duplicates["cluster_size"][rows[0]]),
-        survivor=named[survivor],
-        others=[named[number] for number in shown],
-    )
-
-
 def rule_verdicts(signals: Mapping[str, Any], cfg: RulesConfig, reason: str | None) -> list[RuleVerdict]:
     """What every rule says, in their order.
 
@@ -344,24 +371,6 @@ def read_row(path: Path, row: int) -> dict[str, Any]:
                 return found
             left -= batch.num_rows
     raise DataError(f"{path} has no row {row:,}; delete it, and run `llmtrain data` again")
-
-
-def _folders(folder: Path) -> tuple[str, Path]:
-    """Key of the scan and folder of the verdicts that the manifest was made of."""
-    facts = folder / FACTS_NAME
-    named = read_json(facts).get("folders") if facts.is_file() else None
-    if named:
-        return named["scan"], folder / "verdicts" / named["verdicts"]
-    newest = {
-        part: sorted((folder / part).glob(pattern), key=lambda path: path.stat().st_mtime)
-        for part, pattern in (("signals", "*/unit-00000.json"), ("verdicts", "*/summary.json"))
-    }
-    for part, files in newest.items():
-        if not files:
-            raise DataError(
-                f"{folder / part} is gone or empty; run `llmtrain data` again, which makes it anew"
-            )
-    return newest["signals"][-1].parent.name, newest["verdicts"][-1].parent
 
 
 def _rule_verdict(rule: Rule, signals: Mapping[str, Any], bound: Any, reason: str | None) -> RuleVerdict:

@@ -206,7 +206,7 @@ def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
         for name, seconds in report.seconds.items()
     ]
     facts["funnel"] = report.funnel
-    facts["stop_after"] = cfg.stop_after.name
+    facts |= {"stop_after": cfg.stop_after.name, "config": cfg.deciding(), "versions": _versions()}
     reasons = {**BAD_REASONS, **SKIP_REASONS}
     if bad := {name: drop for name, drop in report.funnel[0]["dropped"].items() if name in reasons}:
         facts["quarantine"] = bad

@@ -1,7 +1,8 @@
 """report.html of a data folder: what came in, what was dropped and why, for someone who has a minute.
 
-Reads `manifest.json`, and `facts.json` where a run wrote one. Each panel is a function from them to plain
-values that the template lays out; a panel without data is left out, or says what is missing.
+Reads `facts.json`, which the last run wrote, and `manifest.json` where that run ended with shards. Each panel
+is a function from them to plain values that the template lays out; a panel without data is left out, or says
+what is missing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llmtrain.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from llmtrain.errors import DataError
 from llmtrain.files import atomic_write, read_json
 from llmtrain.tracking.data_tables import (
@@ -50,15 +51,24 @@ class DataRun:
     """What a data folder tells."""
 
     folder: Path
-    manifest: Manifest
+    manifest: Manifest | None
+    """None: the last run ended before there were shards."""
     facts: dict[str, Any] = field(default_factory=dict)
     facts_note: str = ""
     """Why there are no facts."""
 
+    def told(self, name: str) -> Any:
+        """What the manifest says under this name, or else the facts."""
+        return getattr(self.manifest, name) if self.manifest is not None else self.facts.get(name)
+
+    @property
+    def shards(self) -> list[ShardEntry]:
+        return [] if self.manifest is None else self.manifest.shards
+
     @property
     def text_passes(self) -> list[dict[str, Any]]:
         """Entries of the funnel that count bytes: from reading to tokens."""
-        return [entry for entry in self.manifest.funnel if "bytes" in entry["in"]]
+        return [entry for entry in self.told("funnel") or [] if "bytes" in entry["in"]]
 
     @property
     def read(self) -> dict[str, int]:
@@ -72,7 +82,7 @@ class DataRun:
 
     @property
     def num_tokens(self) -> int:
-        return sum(shard.num_tokens for shard in self.manifest.shards)
+        return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -87,18 +97,19 @@ class DataRun:
 
 
 def is_data_folder(folder: Path) -> bool:
-    return (folder / MANIFEST_NAME).is_file()
+    """Whether `llmtrain data` wrote into the folder."""
+    return any((folder / name).is_file() for name in (MANIFEST_NAME, FACTS_NAME))
 
 
 def read_data_run(folder: Path) -> DataRun:
-    """Read the manifest and, if there are any, the facts of a data folder.
+    """Read the facts of a data folder, and its manifest if the last run wrote one.
 
     Raises:
-        DataError: no manifest, or facts that are not JSON.
+        DataError: neither, or facts that are not JSON.
     """
-    manifest = read_manifest(folder)
     path = folder / FACTS_NAME
     if not path.is_file():
+        manifest = read_manifest(folder)
         note = f"{FACTS_NAME} is missing: only the manifest's figures are shown. `llmtrain data` writes it."
         return DataRun(folder=folder, manifest=manifest, facts_note=note)
     try:
@@ -107,7 +118,8 @@ def read_data_run(folder: Path) -> DataRun:
         raise DataError(
             f"{path} is damaged ({error!r}); delete it, and run `llmtrain data` again to have it back"
         ) from error
-    return DataRun(folder=folder, manifest=manifest, facts=facts)
+    ended_early = facts.get("stop_after", "pack") != "pack"  # an earlier run's manifest may lie there
+    return DataRun(folder=folder, manifest=None if ended_early else read_manifest(folder), facts=facts)
 
 
 def write_data_report(folder: Path, out: Path | None = None) -> Path:
@@ -133,7 +145,7 @@ def render_data(run: DataRun) -> str:
     sources = sources_of(run)
     return environment.get_template("data_report.html.j2").render(
         run=run,
-        name=run.manifest.corpus,
+        name=run.told("corpus"),
         verdict=verdict_of(run),
         tiles=tiles_of(run),
         findings=list(findings_of(run)),
@@ -150,8 +162,8 @@ def render_data(run: DataRun) -> str:
         counts=count_tables(run),
         decontamination=facts.get("decontamination") or [],
         samples=samples_of(run),
-        config_text=yaml.safe_dump(run.manifest.config, sort_keys=True, allow_unicode=True),
-        versions=sorted(run.manifest.versions.items()),
+        config_text=yaml.safe_dump(run.told("config"), sort_keys=True, allow_unicode=True),
+        versions=sorted((run.told("versions") or {}).items()),
         written=clock(time.time()),
     )
 
@@ -160,15 +172,15 @@ def verdict_of(run: DataRun) -> str:
     """One or two sentences that say what came out."""
     read, kept = run.read, run.kept
     if not read["bytes"]:
-        return "The manifest holds no funnel."
+        return "There is no funnel."
     first = (
         f"Of {counted(read['documents'], 'document')} with {format_bytes(read['bytes'])} of text, "
         f"{kept['documents']:,} with {format_bytes(kept['bytes'])} ({_share(kept, read, 'bytes')}) stayed"
     )
     splits = [
-        f"{format_count(sum(shard.num_tokens for shard in run.manifest.split_shards(split)))} "
-        f"tokens {'held out' if split == 'held_out' else 'to train on'}"
-        for split in run.manifest.splits[::-1]
+        f"{format_count(tokens)} tokens {'held out' if split == 'held_out' else 'to train on'}"
+        for split in ("train", "held_out")
+        if (tokens := sum(shard.num_tokens for shard in run.shards if shard.split == split))
     ]
     return f"{first}: {' and '.join(splits)}." if splits else f"{first}."
 
@@ -187,12 +199,15 @@ def tiles_of(run: DataRun) -> list[Tile]:
             value=format_bytes(kept["bytes"]),
             note=f"of {format_bytes(read['bytes'])} read, {_share(kept, read, 'bytes')}",
         ),
-        Tile(
-            name="Tokens",
-            value=format_count(run.num_tokens),
-            note=f"{run.bytes_per_token:.2f} bytes a token" if run.bytes_per_token else "",
-        ),
     ]
+    if run.bytes_per_token:
+        tiles.append(
+            Tile(
+                name="Tokens",
+                value=format_count(run.num_tokens),
+                note=f"{run.bytes_per_token:.2f} bytes a token",
+            )
+        )
     sources = run.facts.get("sources") or []
     if sources and all("duplicates" in row for row in sources):
         removed, total = (sum(row[name] for row in sources) for name in ("duplicates", "documents"))
@@ -212,13 +227,14 @@ def tiles_of(run: DataRun) -> list[Tile]:
                 note=f"{longest['seconds'] / max(seconds, 1e-9):.0%} of it {words(longest['name'])}",
             )
         )
-    tiles.append(
-        Tile(
-            name="Shards",
-            value=str(len(run.manifest.shards)),
-            note=f"vocabulary of {run.manifest.tokenizer.vocab_size:,}, {run.manifest.dtype}",
+    if run.manifest is not None:
+        tiles.append(
+            Tile(
+                name="Shards",
+                value=str(len(run.shards)),
+                note=f"vocabulary of {run.manifest.tokenizer.vocab_size:,}, {run.manifest.dtype}",
+            )
         )
-    )
     return tiles
 
 
@@ -282,10 +298,10 @@ def pack_rows(run: DataRun) -> list[tuple[str, ...]]:
             words(pack.split),
             f"{pack.seq_len:,}",
             f"{pack.num_rows:,}",
-            f"{sum(shard.num_tokens for shard in run.manifest.split_shards(pack.split)):,}",
+            f"{sum(shard.num_tokens for shard in run.shards if shard.split == pack.split):,}",
             f"{pack.num_target_tokens:,}",
         )
-        for pack in run.manifest.packs
+        for pack in (run.told("packs") or [])
     ]
 
 

@@ -108,7 +108,7 @@ def _label(histogram: Mapping[str, Any]) -> str:
 
 def _x_axis(histogram: Mapping[str, Any], *, has_zero: bool, has_above: bool) -> _Axis:
     """The values that occur and the thresholds, on one axis."""
-    values = [*histogram["edges"], *(_place(bound, histogram) for bound in histogram["thresholds"])]
+    values = [*histogram["edges"], *(_place(bound, histogram) for bound in histogram["thresholds"])] or [1.0]
     is_log = histogram["scale"] == "amount" or (
         histogram["scale"] == "count" and max(values) > LAST_LINEAR_COUNT
     )

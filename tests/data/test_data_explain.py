@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from llmtrain.data.config import StopAfter
+from llmtrain.data.content.config import ContentConfig, PiiConfig
+from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig
 from llmtrain.data.document import normalize
 from llmtrain.data.explain import (
     NUM_OTHERS_SHOWN,
     ExplainConfig,
     Match,
-    Relative,
     as_json,
-    cluster_of,
-    equal_texts,
     explain,
     explanation,
     find_document,
     matching_rows,
     read_row,
+    related,
     rule_verdicts,
     rules_of,
     verdict_tables,
 )
-from llmtrain.data.filters.config import RulesConfig
+from llmtrain.data.filters.config import EditsConfig, RulesConfig
 from llmtrain.data.pipeline import run
 from llmtrain.data.shards import ShardReader
 from llmtrain.errors import ConfigError, DataError
-
-DUPLICATE = np.dtype([("document", "<i8"), ("survivor", "<i8"), ("cluster_size", "<i4")])
 
 
 def table_of(ids: list[str], content: list[str] | None = None) -> pa.Table:
@@ -200,34 +199,70 @@ def test_edits_and_masks_are_passed_on() -> None:
     assert (found.reason, found.edits, found.pii) == (None, {"javascript": {"lines": 1}}, {"email": 2})
 
 
-def relatives(numbers: Any) -> list[Relative]:
-    return [Relative(id=f"{n:032x}", verdict="dropped", path="p", record=n) for n in numbers.tolist()]
+@pytest.fixture
+def edited(write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], texts: list[str]) -> Path:
+    """Records 1 to 40; 41 is like the first but for its end; 42 has lines of the second, and an address."""
+    lines = texts[1].split("\n")[:3]
+    mixed = "\n".join([*lines, texts[50], "Write to jane.doe@mail.com if you like it."])
+    documents = [{"text": text, "url": f"http://a.example/{n}"} for n, text in enumerate(texts[:40])]
+    documents += [{"text": texts[0] + " and the end"}, {"text": mixed}]
+    cfg = jsonl_config(
+        write_jsonl(documents),
+        corpus={"url_field": "url"},
+        rules=RulesConfig(),
+        content=ContentConfig(pii=PiiConfig(email="<EMAIL>")),
+        edits=EditsConfig(min_words_per_line=2),
+        dedup=DedupConfig(near=NearConfig(enabled=True), lines=LineConfig(enabled=True, min_chars=5)),
+        stop_after=StopAfter.documents,
+    )
+    run(cfg, quiet=True)
+    return Path(cfg.out)
 
 
-def test_a_cluster_is_the_same_from_each_of_its_members() -> None:
-    rows = [(number, 4, 3) for number in (5, 9)] + [(7, 6, 2)]
-    duplicates = np.array(sorted(rows), dtype=DUPLICATE)
-    for document in (4, 5, 9):
-        cluster = cluster_of(document, duplicates, "near", relatives)
-        assert cluster is not None
-        assert (cluster.size, cluster.survivor.record) == (3, 4)
-        assert [other.record for other in cluster.others] == [n for n in (5, 9) if n != document]
-    assert cluster_of(8, duplicates, "near", relatives) is None
-    assert cluster_of(99, duplicates, "near", relatives) is None
+def test_similar_texts_are_a_cluster_from_either_side(edited: Path) -> None:
+    pair = [explain(ExplainConfig(folder=str(edited), id=id_of_record(edited, n))) for n in (1, 41)]
+    [dropped] = [found for found in pair if found.reason == "near_duplicate"]
+    [stayed] = [found for found in pair if found.reason is None]
+    for found in pair:
+        [cluster] = found.clusters
+        assert (cluster.kind, cluster.size, cluster.survivor.id) == ("near", 2, stayed.id)
+    assert [other.id for other in stayed.clusters[0].others] == [dropped.id]
+
+
+def test_what_was_cut_and_masked_is_told_and_the_text_is_the_one_that_training_reads(edited: Path) -> None:
+    found = explain(ExplainConfig(folder=str(edited), id=id_of_record(edited, 42), text_chars=10_000))
+    assert found.pii == {"email": 1}
+    assert "few_words" in (found.edits or {})
+    assert found.text is not None
+    assert "<EMAIL>" in found.text
+    assert len(found.text.encode()) == found.text_bytes
+    [path] = (edited / "documents").rglob("train-*.parquet")
+    written = {row["id"]: row["text"] for row in pq.read_table(path).select(["id", "text"]).to_pylist()}
+    assert found.verdict == "held_out" or written[found.id] == found.text
+
+
+def test_the_address_of_a_page_is_shown(edited: Path) -> None:
+    assert explain(ExplainConfig(folder=str(edited), id=id_of_record(edited, 7))).url == "http://a.example/6"
 
 
 def test_a_large_cluster_names_a_few() -> None:
-    duplicates = np.array([(number, 0, 500) for number in range(1, 500)], dtype=DUPLICATE)
-    cluster = cluster_of(250, duplicates, "near", relatives)
-    assert cluster is not None
+    ids = hex_ids(500)
+    table = table_of(ids[1:]).append_column(
+        "survivor", pa.array([bytes.fromhex(ids[0])] * 499, pa.binary(16))
+    )
+    table = table.append_column("reason", pa.array(["duplicate"] * 499))
+    table = table.append_column("cluster_size", pa.array([500] * 499, pa.int32()))
+    [cluster] = related(Match(verdict="dropped", row=table.slice(7, 1).to_pylist()[0] | {
+        "id": ids[8], "survivor": ids[0]}), [("dropped", table)])  # fmt: skip
     assert (cluster.size, len(cluster.others)) == (500, NUM_OTHERS_SHOWN)
+    assert (cluster.survivor.id, cluster.survivor.verdict) == (ids[0], "kept earlier")
 
 
-def test_a_text_of_its_own_has_no_cluster() -> None:
-    ids = hex_ids(3)
-    tables = [("train", table_of(ids))]
-    assert equal_texts(find_document(ids[0], tables), tables) is None
-    assert equal_texts(Match(verdict="train", row={"id": ids[0]}), tables) is None
+def test_a_folder_whose_last_run_left_no_facts_is_refused(folder: Path) -> None:
+    wanted = id_of_record(folder, 1)
+    (folder / "facts.json").write_text("{}")
+    with pytest.raises(DataError, match=r"facts.json is missing or does not say which folders"):
+        explain(ExplainConfig(folder=str(folder), id=wanted))
 
 
 def test_files_that_are_gone_or_cut_are_told(folder: Path) -> None:
@@ -240,8 +275,4 @@ def test_files_that_are_gone_or_cut_are_told(folder: Path) -> None:
         explain(ExplainConfig(folder=str(folder), id=wanted))
     next((folder / "verdicts").rglob("dropped.arrow")).unlink()
     with pytest.raises(DataError, match=r"dropped.arrow is missing; run `llmtrain data` again"):
-        explain(ExplainConfig(folder=str(folder), id=wanted))
-    shutil.rmtree(folder / "verdicts")
-    (folder / "facts.json").unlink(missing_ok=True)
-    with pytest.raises(DataError, match=r"verdicts is gone or empty; run `llmtrain data` again"):
         explain(ExplainConfig(folder=str(folder), id=wanted))

@@ -25,7 +25,7 @@ from llmtrain.data.manifest import (
 )
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.tracking import data_report
-from llmtrain.tracking.data_report import read_data_run, render_data, write_data_report
+from llmtrain.tracking.data_report import is_data_folder, read_data_run, render_data, write_data_report
 from llmtrain.tracking.data_tables import (
     NUM_LANGUAGES_SHOWN,
     funnel_rows,
@@ -471,7 +471,7 @@ def test_a_manifest_without_a_funnel_has_a_page(folder):
     manifest = read_manifest(folder)
     write_manifest(folder, Manifest(**{**vars(manifest), "funnel": [], "shards": [], "packs": []}))
     write_facts(folder, {"facts_version": 1})
-    assert "The manifest holds no funnel." in page_of(folder).text
+    assert "There is no funnel." in page_of(folder).text
 
 
 def test_damaged_facts_are_an_error(folder):
@@ -533,3 +533,22 @@ def test_nothing_is_wider_than_a_phone(folder, tmp_path):
         check=False,
     )
     assert "too wide by 0<" in done.stdout
+
+
+def test_a_run_that_ended_before_shards_has_a_page_of_its_facts(folder):
+    write_facts(
+        folder,
+        {
+            "facts_version": 1, "stop_after": "documents", "corpus": "early", "funnel": FUNNEL[:2],
+            "config": {"rules": {"min_words": 7}}, "versions": {"python": "3.11"},
+        },
+    )  # fmt: skip
+    for with_manifest in (True, False):  # one of an earlier run may lie there
+        if not with_manifest:
+            (folder / "manifest.json").unlink()
+        assert is_data_folder(folder)
+        text = page_of(folder).text
+        assert "early" in text
+        assert "min_words: 7" in text
+        assert "tokens to train on" not in text
+        assert "Shards" not in text
