@@ -45,6 +45,7 @@ from llmtrain.data.signals import Tools, joined, measure_batch
 from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.sources.read import plan_units, read_unit
 from llmtrain.data.text.words import split_words
+from llmtrain.data.tokenize import ENCODERS
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, Tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
 from llmtrain.files import read_json
@@ -131,6 +132,7 @@ def _config(corpus: CorpusConfig, out: Path, **settings: Any) -> DataConfig:
 
 
 def _prepare(corpus: CorpusConfig, out: Path, **settings: Any) -> Report:
+    ENCODERS.clear()  # a run of its own would find none
     return prepare(_config(corpus, out, **settings), quiet=True)
 
 
@@ -289,8 +291,36 @@ def _scaling_rows(texts: list[bytes], folder: Path, num_bytes: int) -> list[Row]
         return rows
     return [
         Row(name="scaling_2_workers", value=walls[1] / walls[2], unit="x", limit=PROMISED["scaling"]),
+        Row(
+            name="two bare loops at once, against one: what the machine gives",
+            value=_bare_scaling(),
+            unit="x",
+        ),
         *rows,
     ]
+
+
+_LOOP = """
+import time
+started, total = time.monotonic(), 0
+for number in range(30_000_000):
+    total += number
+print(time.monotonic() - started)
+"""
+
+
+def _bare_scaling() -> float:
+    """How much more two processes get done than one, when nothing but the cores can hold them up."""
+
+    def slowest(count: int) -> float:
+        started = [
+            subprocess.Popen([sys.executable, "-c", _LOOP], stdout=subprocess.PIPE, text=True)
+            for _ in range(count)
+        ]
+        return max(float(process.communicate()[0]) for process in started)
+
+    alone = min(slowest(1) for _ in range(REPEATS))
+    return 2 * alone / min(slowest(2) for _ in range(REPEATS))
 
 
 _START = """

@@ -28,6 +28,8 @@ def show(cfg: ExplainConfig) -> None:
         print(json.dumps(as_json(found), ensure_ascii=False, indent=1))
         return
     console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width, and 80 columns break the formulas
+        console.width = 140
     for line in head(found):
         console.print(line, soft_wrap=True)
     console.print(rules_table(found))

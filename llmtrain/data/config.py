@@ -75,7 +75,8 @@ class DocumentsConfig:
 
     file_bytes: int = 512 << 20
     """Text a file."""
-    zstd_level: int = 3
+    zstd_level: int = 1
+    """pyarrow's own default; 3 makes files an eighth smaller and takes a third longer."""
 
     def __post_init__(self) -> None:
         if self.file_bytes < 1:

@@ -53,7 +53,7 @@ def read_batches(out: Path, scan_key: str, unit: int, rows: Ints) -> Iterator[tu
     files = unit_files(out, scan_key, unit)
     batch_starts = np.concatenate([[0], np.cumsum(_batch_rows(files.done))])
     with pa.memory_map(str(files.docs)) as handle:
-        reader = pa.ipc.open_file(handle)
+        reader = pa.ipc.open_file(handle, options=pa.ipc.IpcReadOptions(use_threads=False))
         cuts = np.searchsorted(rows, batch_starts)
         for number in np.flatnonzero(np.diff(cuts)).tolist():
             first, last = cuts[number : number + 2].tolist()

@@ -309,7 +309,9 @@ def _write_input(out: Path, plan: Plan, scanned: Scanned) -> str:
         for name in sorted(names & digests.keys())
     ]
     listing = {"files": files} if files else {"fingerprint": plan.fingerprint}
-    write_json(out / INPUT_NAME, listing)
+    rows = (json.dumps(row, sort_keys=True, ensure_ascii=False) for row in next(iter(listing.values())))
+    with atomic_write(out / INPUT_NAME, "w") as handle:
+        handle.write(f'{{"{next(iter(listing))}": [\n' + ",\n".join(rows) + "\n]}\n")
     return hash_json(listing)
 
 

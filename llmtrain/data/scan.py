@@ -50,7 +50,7 @@ DOCS_SCHEMA = pa.schema(
         ("metadata", pa.map_(pa.string(), pa.string())),
     ]
 )
-COMPRESSION = pa.ipc.IpcWriteOptions(compression="lz4")
+COMPRESSION = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ differs, the whole shard is done again by SentencePiece, and the manifest's funn
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmtrain.data.docs import TextBatch
 from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.manifest import ShardEntry, shard_files
 from llmtrain.data.shards import ShardWriter, token_dtype
@@ -32,6 +34,7 @@ TOKENIZE_VERSION = 2
 """Part of the folder's key: raise it when the same documents would give other tokens."""
 CHECK_FIRST = 25
 CHECK_EVERY = 400
+ENCODE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +88,12 @@ def _tokens_by_source(lineage: pa.Table) -> dict[str, int]:
 def _write_tokens(
     task: TokenizeTask, tokenizer: Tokenizer, rows: pa.Table, *, by_words: bool
 ) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
-    encoder = WordEncoder(tokenizer)
+    encoder = _encoder(tokenizer)
     all_lengths = []
     num_text_bytes = num_checked = num_differing = num_seen = 0
     dtype = token_dtype(tokenizer.vocab_size)
     with ShardWriter(task.verdicts.out / task.prefix, dtype, tokenizer.vocab_size) as writer:
-        for _, (text, offsets), _ in task.verdicts.documents(rows):
+        for text, offsets in _merged(texts for _, texts, _ in task.verdicts.documents(rows)):
             num_documents = len(offsets) - 1
             if by_words:
                 ids, lengths = encoder.encode(text, offsets)
@@ -108,6 +111,39 @@ def _write_tokens(
     shard = ShardEntry(path=task.prefix, split=task.split, text_bytes=num_text_bytes, **asdict(result))
     summary = {"shard": asdict(shard), "checked": num_checked, "differing": num_differing}
     return np.concatenate(all_lengths), summary
+
+
+ENCODERS: dict[str, WordEncoder] = {}
+"""By the tokenizer's fingerprint; one at most."""
+
+
+def _encoder(tokenizer: Tokenizer) -> WordEncoder:
+    """The tokenizer's look-up of words, which a process keeps from shard to shard."""
+    if tokenizer.fingerprint not in ENCODERS:
+        ENCODERS.clear()
+        ENCODERS[tokenizer.fingerprint] = WordEncoder(tokenizer)
+    return ENCODERS[tokenizer.fingerprint]
+
+
+def _merged(batches: Iterable[TextBatch]) -> Iterator[TextBatch]:
+    """Small batches joined to about ENCODE_BYTES of text: each call of SentencePiece costs a millisecond."""
+    waiting: list[TextBatch] = []
+    num_bytes = 0
+    for text, offsets in batches:
+        waiting.append((text[offsets[0] : offsets[-1]], offsets - offsets[0]))
+        num_bytes += int(offsets[-1] - offsets[0])
+        if num_bytes >= ENCODE_BYTES:
+            yield _joined(waiting)
+            waiting, num_bytes = [], 0
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[TextBatch]) -> TextBatch:
+    starts = np.cumsum([0, *(len(text) for text, _ in batches)])
+    ends = [offsets[1:] + start for (_, offsets), start in zip(batches, starts, strict=False)]
+    offsets = np.concatenate([np.zeros(1, dtype=np.int64), *ends])
+    return np.concatenate([text for text, _ in batches]), offsets
 
 
 def _encode_plainly(
