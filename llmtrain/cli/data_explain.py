@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich import box
 from rich.console import Console
@@ -15,6 +15,8 @@ from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative,
 from llmtrain.data.trace import OutputFormat
 from llmtrain.units import format_bytes
 
+SHOWN_BELOW = ("removed_", "num_pii_")
+"""Beginnings of signals that are told as what was cut out and masked."""
 STYLES = {"drops": "bold red", "keeps": "green", "off": "dim", "not measured": "dim"}
 
 
@@ -47,7 +49,7 @@ def head(found: Explanation) -> Iterator[Text]:
             if drop
             else ""
         )
-        verdict = Text(f"dropped as {found.reason.replace('_', ' ')}{why}", "bold red")
+        verdict = Text(f"dropped as {words(found.reason)}{why}", "bold red")
     else:
         verdict = Text(f"kept, {'held out' if found.verdict == 'held_out' else 'for training'}", "bold green")
     facts: dict[str, str | Text] = {
@@ -56,6 +58,8 @@ def head(found: Explanation) -> Iterator[Text]:
         "file": f"{found.path}, record {found.record:,}",
         "source": found.source,
         **({"url": found.url} if found.url else {}),
+        **({"metadata": listed} if (listed := _listed(found.metadata)) else {}),
+        **({"language": language} if (language := _language(found)) else {}),
         "text": f"{format_bytes(found.text_bytes)}{f', hash {found.content}' if found.content else ''}",
     }
     for name, fact in facts.items():
@@ -95,7 +99,9 @@ def signals_table(found: Explanation) -> Table:
     for _ in range(2):
         table.add_column(overflow="fold")
         table.add_column(justify="right")
-    cells = [(name, shown(value)) for name, value in found.signals.items()]
+    cells = [
+        (name, shown(value)) for name, value in found.signals.items() if not name.startswith(SHOWN_BELOW)
+    ]
     half = (len(cells) + 1) // 2
     for at in range(half):
         right = cells[half + at] if half + at < len(cells) else ("", "")
@@ -108,18 +114,23 @@ def rest(found: Explanation) -> Iterator[Text]:
     for cluster in found.clusters:
         yield from _cluster_lines(cluster, found)
     if not found.clusters:
-        yield Text("No duplicate is known.")
+        yield Text("No other document was found to be a duplicate of it, nor it of another.")
     for name, counts in (("cut out", found.edits), ("masked", found.pii)):
         if counts:
-            listed = ", ".join(f"{key.replace('_', ' ')} {shown(count)}" for key, count in counts.items())
-            yield Text.assemble((f"{name:<10}", "bold"), listed)
+            yield Text.assemble((f"{name:<10}", "bold"), _listed(counts))
+    for item in found.evaluation_items:
+        shares = f"{item['ngrams']:,} n-grams of {item['of']:,}"
+        yield Text.assemble(("evaluation ", "bold"), f"{shares} of item {item['id']} of {item['set']}")
     if found.text is not None:
         yield Text()
         yield Text(found.text if found.text_is_whole else f"{found.text}…")
 
 
 def _cluster_lines(cluster: Cluster, found: Explanation) -> Iterator[Text]:
-    stays = "this one" if cluster.survivor.id == found.id else _named(cluster.survivor)
+    survivor = cluster.survivor
+    stays = "this one" if survivor.id == found.id else _named(survivor)
+    if survivor.reason and survivor.id != found.id:
+        stays += f", which was dropped later as {words(survivor.reason)}"
     yield Text.assemble(
         (f"{cluster.kind} duplicates: ", "bold"),
         f"{cluster.size:,} documents in the cluster; of them stays {stays}",
@@ -132,8 +143,23 @@ def _cluster_lines(cluster: Cluster, found: Explanation) -> Iterator[Text]:
 
 
 def _named(relative: Relative) -> str:
-    record = f", record {relative.record:,}" if relative.record is not None else ""
-    return f"{relative.id} ({relative.path}{record})"
+    if relative.record is None:
+        return f"{relative.id} ({relative.verdict})"
+    return f"{relative.id} ({relative.path}, record {relative.record:,})"
+
+
+def _language(found: Explanation) -> str | None:
+    language, score = found.signals.get("language"), found.signals.get("language_score")
+    return f"{language}, score {shown(score)}" if language else None
+
+
+def _listed(counts: Mapping[str, object] | None) -> str:
+    return ", ".join(f"{words(key)} {shown(count)}" for key, count in (counts or {}).items())
+
+
+def words(name: str) -> str:
+    """A name of the code as people write it."""
+    return name.replace("_", " ")
 
 
 def shown(value: object) -> str:

@@ -98,8 +98,11 @@ class Relative:
 
     id: str
     verdict: str
+    """`train`, `held_out`, `dropped` or `of an earlier run`."""
     path: str
     record: int | None
+    reason: str | None = None
+    """For which it was dropped. A survivor may be dropped, too, by a later step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ class Cluster:
     """`exact`, `near`, ..."""
     size: int
     survivor: Relative
-    """The one that stayed."""
+    """The one that stayed when the others were dropped."""
     others: list[Relative]
     """Up to NUM_OTHERS_SHOWN of the rest, without the explained one."""
 
@@ -135,12 +138,17 @@ class Explanation:
     rules: list[RuleVerdict]
     clusters: list[Cluster] = field(default_factory=list)
     edits: dict[str, Any] | None = None
-    """Lines and bytes cut out of it, by reason; None: not recorded."""
+    """Lines and bytes cut out of it, by reason: line edits before the rules, and `duplicate_lines` after
+    them. None: the run had neither."""
     pii: dict[str, int] | None = None
     """Places masked in it, by kind; None: not recorded."""
+    evaluation_items: list[dict[str, Any]] = field(default_factory=list)
+    """Items that share n-grams with it: `set`, `id`, `ngrams` shared, `of` so many that the item has. Up to
+    NUM_OTHERS_SHOWN."""
     url: str | None = None
+    metadata: dict[str, str] | None = None
     text: str | None = None
-    """Its beginning, after cutting and masking."""
+    """Its beginning: of a kept document as training reads it, of a dropped one as the rules saw it."""
     text_is_whole: bool = False
 
 
@@ -148,7 +156,7 @@ def explain(cfg: ExplainConfig) -> Explanation:
     """Look a document up in a data folder.
 
     Raises:
-        DataError: no document has this id, or several have; no manifest, or files that it stands on are gone.
+        DataError: no document has this id, or several have; no facts, or files that it stands on are gone.
     """
     folder = Path(cfg.folder)
     facts = _facts(folder)
@@ -158,15 +166,23 @@ def explain(cfg: ExplainConfig) -> Explanation:
     unit, row = int(match.row["unit"]), int(match.row["row"])
     signals = read_row(folder / "signals" / scan_key / f"unit-{unit:05d}.arrow", row)
     document = read_row(folder / "docs" / scan_key / f"unit-{unit:05d}.arrow", row)
+    left, cut = _without_cuts(verdicts / "cuts", unit, row, document["text"])
+    edits = _edits(signals)
+    if cut is not None:
+        edits = (edits or {}) | ({"duplicate_lines": cut} if cut["lines"] else {})
     return explanation(
         match,
         {name: item for name, item in signals.items() if name not in match.row and name != "slice"},
         rules_of(facts["rules"]),
         clusters=related(match, tables),
-        edits=_edits(signals),
+        edits=edits,
         pii=_masked(signals),
-        text=_text(verdicts / "cuts", unit, row, document["text"]),
+        evaluation_items=_evaluation_items(verdicts, match.row["id"])
+        if signals.get("num_contaminated_ngrams")
+        else [],
+        text=document["text"] if match.row["reason"] else left,
         url=document.get("url"),
+        metadata=dict(document.get("metadata") or []),
         text_chars=cfg.text_chars,
     )
 
@@ -210,38 +226,68 @@ def _masked(signals: Mapping[str, Any]) -> dict[str, int] | None:
     return {kind: count for kind, count in found.items() if count} if found else None
 
 
-def _text(cuts: Path, unit: int, row: int, text: bytes) -> bytes:
-    """Without the lines that deduplication cut out."""
+def _without_cuts(cuts: Path, unit: int, row: int, text: bytes) -> tuple[bytes, dict[str, int] | None]:
+    """The text without the lines that deduplication cut, and how many lines and bytes those are; None where
+    it did not look."""
     path = cut_file(cuts, unit)
     if not path.is_file():
-        return text
+        return text, None
     spans = spans_of_rows(read_removals(path), np.array([row], dtype=np.int64))
     whole = np.frombuffer(bytearray(text), dtype=np.uint8)
-    return remove_spans(whole, np.array([0, len(text)], dtype=np.int64), spans)[0].tobytes()
+    left = remove_spans(whole, np.array([0, len(text)], dtype=np.int64), spans)[0].tobytes()
+    return left, {"lines": len(spans), "bytes": len(text) - len(left)}
+
+
+def _evaluation_items(verdicts: Path, document: str) -> list[dict[str, Any]]:
+    """Evaluation items that share n-grams with a document, those with most first, as far as the run listed
+    their documents."""
+    path = verdicts / "decontamination.json"
+    if not path.is_file():
+        return []
+    found = [
+        {"set": item["set"], "id": item["id"], "ngrams": each["ngrams"], "of": item["ngrams"]}
+        for item in read_json(path)["items"]
+        for each in item["documents"]
+        if each["id"] == document
+    ]
+    return sorted(found, key=lambda item: -item["ngrams"])[:NUM_OTHERS_SHOWN]
 
 
 def related(match: Match, tables: Sequence[tuple[str, pa.Table]]) -> list[Cluster]:
-    """The clusters of equal and of similar texts that the document belongs to, by the survivors in the
-    verdict tables."""
-    mine = match.row.get("survivor") or match.row["id"]
-    members = [
-        _match(name, table, row)
-        for name, table in tables
-        for row in matching_rows(mine, table.select(["survivor"]).rename_columns(["id"]))
-    ]
-    kept = [_match(name, table, row) for name, table in tables for row in matching_rows(mine, table)]
-    clusters = []
-    for reason, kind in CLUSTERS.items():
-        of_kind = [member for member in members if member.row["reason"] == reason]
-        if not of_kind:
-            continue
-        survivor = (
-            _relative(kept[0]) if kept else Relative(id=mine, verdict="kept earlier", path="", record=None)
-        )
-        others = [_relative(member) for member in of_kind if member.row["id"] != match.row["id"]]
-        size = int(of_kind[0].row["cluster_size"])
-        clusters.append(Cluster(kind=kind, size=size, survivor=survivor, others=others[:NUM_OTHERS_SHOWN]))
-    return clusters
+    """The clusters of equal and of similar texts that a document belongs to: the one that it was dropped for,
+    and those that others were dropped for because of it.
+
+    Args:
+        tables: the verdict tables; the dropped ones name who stays for them.
+    """
+    wanted = [(match.row["id"], reason) for reason in CLUSTERS]
+    if match.row.get("survivor"):
+        wanted.insert(0, (match.row["survivor"], match.row["reason"]))
+    found = [_cluster(survivor, reason, match, tables) for survivor, reason in wanted]
+    return [cluster for cluster in found if cluster is not None]
+
+
+def _cluster(
+    survivor: str, reason: str, match: Match, tables: Sequence[tuple[str, pa.Table]]
+) -> Cluster | None:
+    """Those that were dropped for this reason because of `survivor`; None: nobody was."""
+    [dropped] = [table for name, table in tables if name == "dropped"]
+    rows = np.array(matching_rows(survivor, dropped, "survivor"), dtype=np.int64)
+    reasons = np.array(dropped.column("reason").take(pa.array(rows)).to_pylist(), dtype=np.str_)
+    rows = rows[reasons == reason]
+    if not len(rows):
+        return None
+    members = [_match("dropped", dropped, row) for row in rows[: NUM_OTHERS_SHOWN + 1].tolist()]
+    others = [_relative(member) for member in members if member.row["id"] != match.row["id"]]
+    stays = [_match(name, table, row) for name, table in tables for row in matching_rows(survivor, table)]
+    return Cluster(
+        kind=CLUSTERS.get(reason, reason),
+        size=int(members[0].row["cluster_size"]),
+        survivor=_relative(stays[0])
+        if stays
+        else Relative(id=survivor, verdict="of an earlier run", path="", record=None),
+        others=others[:NUM_OTHERS_SHOWN],
+    )
 
 
 def explanation(
@@ -252,8 +298,10 @@ def explanation(
     clusters: Sequence[Cluster] = (),
     edits: dict[str, Any] | None = None,
     pii: dict[str, int] | None = None,
+    evaluation_items: Sequence[dict[str, Any]] = (),
     text: bytes | None = None,
     url: str | None = None,
+    metadata: dict[str, str] | None = None,
     text_chars: int = 2000,
 ) -> Explanation:
     """Put together what is known of a document."""
@@ -267,6 +315,7 @@ def explanation(
         path=row["path"],
         record=row["record"],
         url=url,
+        metadata=metadata or None,
         text_bytes=row["text_bytes"],
         verdict=match.verdict,
         reason=reason,
@@ -275,6 +324,7 @@ def explanation(
         clusters=list(clusters),
         edits=edits,
         pii=pii,
+        evaluation_items=list(evaluation_items),
         text=None if shown is None else shown[:text_chars],
         text_is_whole=shown is not None and len(shown) <= text_chars,
     )
@@ -304,7 +354,7 @@ def find_document(prefix: str, tables: Iterable[tuple[str, pa.Table]]) -> Match:
     if not found:
         raise DataError(
             f"no document with id {prefix} among {num_documents:,}. Ids stand in the report, in "
-            "shards/*/*.docs.parquet, and in what `llmtrain data trace` prints"
+            "shards/*/*.docs.parquet and documents/*/*.parquet, and in what `llmtrain data trace` prints"
         )
     if num_found > 1:
         listed = "; ".join(f"{m.row['id']} ({m.row['path']}, record {m.row['record']})" for m in found)
@@ -315,12 +365,12 @@ def find_document(prefix: str, tables: Iterable[tuple[str, pa.Table]]) -> Match:
     return found[0]
 
 
-def matching_rows(prefix: str, table: pa.Table) -> list[int]:
-    """Rows whose id begins with these hex digits."""
+def matching_rows(prefix: str, table: pa.Table, column: str = "id") -> list[int]:
+    """Rows whose id, or another column of 16 bytes, begins with these hex digits."""
     whole, half = bytes.fromhex(prefix[: len(prefix) // 2 * 2]), prefix[len(prefix) // 2 * 2 :]
     rows: list[int] = []
     before = 0
-    for chunk in table.column("id").chunks:
+    for chunk in table.column(column).chunks:
         ids = _bytes_of(chunk)
         mask = (ids[:, : len(whole)] == np.frombuffer(whole, dtype=np.uint8)).all(axis=1)
         if half:
@@ -405,7 +455,10 @@ def _match(name: str, table: pa.Table, row: int) -> Match:
 
 def _relative(match: Match) -> Relative:
     row = match.row
-    return Relative(id=row["id"], verdict=match.verdict, path=row["path"], record=row["record"])
+    reason = row.get("reason") or None
+    return Relative(
+        id=row["id"], verdict=match.verdict, path=row["path"], record=row["record"], reason=reason
+    )
 
 
 def _plain(item: Any) -> Any:

@@ -288,6 +288,8 @@ class FactsBuilder:
         self.sources = Crosstab(num_reasons=len(self.reasons))
         self.languages = Crosstab(num_reasons=len(self.reasons))
         self.tokens: dict[str, int] = {}
+        self.sizes: dict[str, dict[str, int]] = {"read_bytes": {}, "left_bytes": {}}
+        """By name of a source."""
         self.samples = {number: Draw(size=_num_samples(number)) for number in range(KEPT, len(self.reasons))}
         self.clusters: dict[str, Clusters] = {}
         self.counts: dict[str, dict[str, Any]] = {}
@@ -302,6 +304,8 @@ class FactsBuilder:
         source: Names,
         values: Mapping[str, npt.NDArray[np.floating[Any]]] | None = None,
         language: Names | None = None,
+        read_bytes: Ints | None = None,
+        left_bytes: Ints | None = None,
     ) -> None:
         """Take in the documents numbered `first`, `first` + 1, ... Any part of a unit will do.
 
@@ -313,6 +317,8 @@ class FactsBuilder:
             source: [n], name of each document's source.
             values: by name of a measure, [n]; NaN where it is not defined. A measure may have none.
             language: [n], a code for each document; None when languages were not identified.
+            read_bytes: [n], of the text as it was read, before lines were edited out.
+            left_bytes: [n], of the text in the end, without what was cut out later; 0 of a dropped document.
         """
         reasons = np.asarray(reason, dtype=np.int64)
         sizes = np.asarray(num_bytes, dtype=np.int64)
@@ -324,6 +330,9 @@ class FactsBuilder:
         self.sources.add(source, reasons, sizes)
         if language is not None:
             self.languages.add(language, reasons, sizes)
+        for part, measured in (("read_bytes", read_bytes), ("left_bytes", left_bytes)):
+            if measured is not None:
+                self.sizes[part] = _added(self.sizes[part], _totals(source, measured))
         hashes = mixed(np.ascontiguousarray(ids[:, 8:]).view("<u8").reshape(-1))
         numbers = np.arange(first, first + len(reasons), dtype=np.int64)
         for number in np.unique(reasons).tolist():
@@ -341,10 +350,7 @@ class FactsBuilder:
 
     def add_tokens(self, source: Names, num_tokens: Ints) -> None:
         """Take in how many tokens kept documents became."""
-        coded = _coded(source)
-        totals = np.bincount(coded.indices.to_numpy(zero_copy_only=False), weights=num_tokens)
-        for name, total in zip(coded.dictionary.to_pylist(), totals.tolist(), strict=True):
-            self.tokens[name] = self.tokens.get(name, 0) + int(total)
+        self.tokens = _added(self.tokens, _totals(source, num_tokens))
 
     def add_counts(self, part: str, counts: Mapping[str, Any]) -> None:
         """Add to the sums of a part: numbers by name, or dicts of numbers by name.
@@ -362,6 +368,8 @@ class FactsBuilder:
         self.sources.merge(other.sources)
         self.languages.merge(other.languages)
         self.tokens = _added(self.tokens, other.tokens)
+        for part, sizes in other.sizes.items():
+            self.sizes[part] = _added(self.sizes[part], sizes)
         for number, draw in other.samples.items():
             self.samples[number].merge(draw)
         for kind, clusters in other.clusters.items():
@@ -374,8 +382,8 @@ class FactsBuilder:
 
         Args:
             look_up: finds the documents to show; None: no samples and no examples. Called once.
-            parts: further parts, as they stand in docs/report.md (`corpus`, `funnel`, `stages`,
-            `alarms`, `decontamination`, `folders`); None leaves one out.
+            parts: further parts, as they stand in docs/report.md (`corpus`, `funnel`, `stages`, `near`,
+            `alarms`, `decontamination`, `folders`, `rules`); None leaves one out.
         """
         facts: dict[str, Any] = {"facts_version": FACTS_VERSION}
         facts |= {name: value for name, value in parts.items() if value is not None}
@@ -394,7 +402,7 @@ class FactsBuilder:
         if look_up is not None:
             documents = self._documents_shown()
             found = dict(
-                zip(documents.tolist(), map(_sample, look_up(documents)), strict=True)
+                zip(documents.tolist(), map(sample_of, look_up(documents)), strict=True)
                 if len(documents)
                 else ()
             )
@@ -413,12 +421,13 @@ class FactsBuilder:
                 row["duplicates"] = sum(
                     row["dropped"].get(reason, {}).get("documents", 0) for reason in self.duplicate_reasons
                 )
-            if self.tokens:
-                row["tokens"] = (
-                    self.tokens.get(row["source"], 0)
-                    if row["source"] is not None
-                    else sum(self.tokens.values()) - sum(self.tokens.get(name, 0) for name in named)
-                )
+            for part, totals in (("tokens", self.tokens), *self.sizes.items()):
+                if totals:
+                    row[part] = (
+                        totals.get(row["source"], 0)
+                        if row["source"] is not None
+                        else sum(totals.values()) - sum(totals.get(name, 0) for name in named)
+                    )
         return rows
 
     def _documents_shown(self) -> Ints:
@@ -473,6 +482,12 @@ def _coded(names: Names) -> pa.DictionaryArray:
     return coded
 
 
+def _totals(names: Names, values: Ints) -> dict[str, int]:
+    coded = _coded(names)
+    totals = np.bincount(coded.indices.to_numpy(zero_copy_only=False), weights=values)  # exact below 2**53
+    return dict(zip(coded.dictionary.to_pylist(), totals.astype(np.int64).tolist(), strict=True))
+
+
 def _by_reason(counts: Ints, reasons: Sequence[str]) -> dict[str, Any]:
     documents, size = counts.sum(axis=0).tolist()
     return {
@@ -515,7 +530,8 @@ def _num_samples(reason: int) -> int:
     return NUM_KEPT_SAMPLES if reason == KEPT else NUM_DROPPED_SAMPLES
 
 
-def _sample(document: Mapping[str, Any]) -> dict[str, Any]:
+def sample_of(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document as the report shows it."""
     shown = {name: document.get(name) for name in ("id", "source", "path", "record")}
     return {**shown, "text": snippet(document.get("text"))}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import pyarrow as pa
 
 from llmtrain.data.content.config import PII_KINDS, DecontaminationConfig
 from llmtrain.data.content.decontaminate import PAIR, EvalIndex
+from llmtrain.data.dedup.near import NearResult, Pair
 from llmtrain.data.dedup.units import DUPLICATE, DedupUnit
 from llmtrain.data.docs import StoredTexts
-from llmtrain.data.facts import FactsBuilder
+from llmtrain.data.facts import KEPT, FactsBuilder, sample_of
 from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.filters.measures import measures_of, values_of
 from llmtrain.data.scan import unit_files
 from llmtrain.data.verdicts import Scanned, digests, flat
 from llmtrain.files import atomic_write
 
+NUM_PAIRS_SHOWN = 8
+"""Near-duplicate pairs with their texts, of those accepted and of those rejected."""
 DUPLICATES = {"duplicate": "exact", "near_duplicate": "near"}
 """Reasons of the steps that find clusters, and what their members have in common."""
 
@@ -52,6 +56,8 @@ def facts_of_unit(
         source=flat(table, "source"),
         values=values_of(signals),
         language=flat(table, "language") if "language" in table.column_names else None,
+        read_bytes=signals["raw_bytes"],
+        left_bytes=np.where(outcomes["reason"] == KEPT, outcomes["num_bytes"], 0),
     )
     for reason, kind in DUPLICATES.items():
         rows = np.flatnonzero(outcomes["reason"] == reasons.index(reason))
@@ -149,6 +155,32 @@ class LookUp:
         row = np.load(self._units[unit].documents, mmap_mode="r")[number - self._units[unit].first]
         digest = f"{int(row['id_high']):016x}{int(row['id_low']):016x}"
         return {"id": digest, "source": "an earlier run", "path": "", "record": 0, "text": None}
+
+
+def near_facts(
+    near: NearResult, look_up: Callable[[npt.NDArray[np.int64]], Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What the comparison of similar texts tells: its counts, and the sample of pairs, those nearest to the
+    threshold first. The first NUM_PAIRS_SHOWN of each kind have their texts."""
+    kinds = {
+        "accepted": sorted(near.accepted, key=_likeness),
+        "rejected": sorted(near.rejected, key=_likeness, reverse=True),
+    }
+    shown = [pair for pairs in kinds.values() for pair in pairs[:NUM_PAIRS_SHOWN]]
+    numbers = np.unique(np.array([[p.document, p.other] for p in shown], dtype=np.int64))
+    found = dict(zip(numbers.tolist(), look_up(numbers) if len(numbers) else (), strict=True))
+    facts: dict[str, Any] = {"counts": near.counts}
+    for kind, pairs in kinds.items():
+        facts[kind] = [asdict(pair) for pair in pairs]
+        for entry in facts[kind][:NUM_PAIRS_SHOWN]:
+            entry["documents"] = [sample_of(found[entry[name]]) for name in ("document", "other")]
+    return facts
+
+
+def _likeness(pair: Pair) -> tuple[float, str, str]:
+    """The similarity that decided, and what makes the order one."""
+    likeness = pair.agreement if pair.similarity is None else pair.similarity
+    return likeness, pair.document_id, pair.other_id
 
 
 def decontamination_report(

@@ -13,12 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from llmtrain.data.config import StopAfter
-from llmtrain.data.content.config import ContentConfig, PiiConfig
+from llmtrain.data.content.config import (
+    ContentConfig,
+    DecontaminationConfig,
+    EvaluationConfig,
+    PiiConfig,
+)
 from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig
 from llmtrain.data.document import normalize
 from llmtrain.data.explain import (
     NUM_OTHERS_SHOWN,
     ExplainConfig,
+    Explanation,
     Match,
     as_json,
     explain,
@@ -201,14 +207,19 @@ def test_edits_and_masks_are_passed_on() -> None:
 
 @pytest.fixture
 def edited(write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], texts: list[str]) -> Path:
-    """Records 1 to 40; 41 is like the first but for its end; 42 has lines of the second, and an address."""
+    """Records 1 to 40; 41 is like the first but for its end; 42 has lines of the second, and an address; 43
+    and 44 are 41 again; 45 has nothing but lines of the third."""
     lines = texts[1].split("\n")[:3]
     mixed = "\n".join([*lines, texts[50], "Write to jane.doe@mail.com if you like it."])
-    documents = [{"text": text, "url": f"http://a.example/{n}"} for n, text in enumerate(texts[:40])]
-    documents += [{"text": texts[0] + " and the end"}, {"text": mixed}]
+    documents = [
+        {"text": text, "url": f"http://a.example/{n}", "tag": n} for n, text in enumerate(texts[:40])
+    ]
+    near = texts[0] + " and the end"
+    documents += [{"text": near}, {"text": mixed}, {"text": near}, {"text": near}]
+    documents += [{"text": "\n".join(texts[2].split("\n")[-4:])}]
     cfg = jsonl_config(
         write_jsonl(documents),
-        corpus={"url_field": "url"},
+        corpus={"url_field": "url", "metadata_fields": ["tag"]},
         rules=RulesConfig(),
         content=ContentConfig(pii=PiiConfig(email="<EMAIL>")),
         edits=EditsConfig(min_words_per_line=2),
@@ -219,14 +230,52 @@ def edited(write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], t
     return Path(cfg.out)
 
 
+def explained(folder: Path, record: int, **settings: Any) -> Explanation:
+    return explain(ExplainConfig(folder=str(folder), id=id_of_record(folder, record), **settings))
+
+
 def test_similar_texts_are_a_cluster_from_either_side(edited: Path) -> None:
-    pair = [explain(ExplainConfig(folder=str(edited), id=id_of_record(edited, n))) for n in (1, 41)]
-    [dropped] = [found for found in pair if found.reason == "near_duplicate"]
-    [stayed] = [found for found in pair if found.reason is None]
-    for found in pair:
-        [cluster] = found.clusters
-        assert (cluster.kind, cluster.size, cluster.survivor.id) == ("near", 2, stayed.id)
-    assert [other.id for other in stayed.clusters[0].others] == [dropped.id]
+    found = {record: explained(edited, record) for record in (1, 41, 43, 44)}
+    [similar] = [one for one in found.values() if one.reason == "near_duplicate"]
+    [stayed] = [one for one in found.values() if one.reason is None]
+    for one in (similar, stayed):
+        near = next(cluster for cluster in one.clusters if cluster.kind == "near")
+        assert (near.size, near.survivor.id) == (2, stayed.id)
+    assert [c.others[0].id for c in stayed.clusters if c.kind == "near"] == [similar.id]
+
+
+def test_a_document_stands_for_copies_though_it_is_dropped_itself(edited: Path) -> None:
+    """Of the three copies one stayed, and that one or the text that it resembles went afterwards."""
+    copies = [explained(edited, record) for record in (41, 43, 44)]
+    [stayed] = [one for one in copies if one.reason != "duplicate"]
+    for one in copies:
+        exact = next(cluster for cluster in one.clusters if cluster.kind == "exact")
+        assert (exact.size, exact.survivor.id, exact.survivor.reason) == (3, stayed.id, stayed.reason)
+        others = {other.id for other in exact.others}
+        assert others == {each.id for each in copies} - {one.id, stayed.id}
+        assert all(cluster.survivor.id != one.id or one is stayed for cluster in one.clusters)
+    if stayed.reason == "near_duplicate":
+        assert {cluster.kind for cluster in stayed.clusters} == {"exact", "near"}
+
+
+def test_lines_that_deduplication_cut_are_counted(edited: Path, texts: list[str]) -> None:
+    pair = [explained(edited, record, text_chars=10_000) for record in (2, 42)]
+    cut = [one for one in pair if "duplicate_lines" in (one.edits or {})]
+    assert cut, "the two share lines"
+    for one in cut:
+        lost = (one.edits or {})["duplicate_lines"]
+        assert lost["lines"] > 0
+        assert lost["bytes"] == one.signals["num_bytes"] - one.text_bytes  # type: ignore[operator]
+        assert one.text is not None
+        assert len(one.text.encode()) == one.text_bytes
+
+
+def test_a_text_that_lost_all_its_lines_is_shown_as_the_rules_saw_it(edited: Path) -> None:
+    pair = [explained(edited, record, text_chars=10_000) for record in (3, 45)]
+    [dropped] = [one for one in pair if one.reason == "mostly_duplicate_lines"]
+    assert dropped.text is not None
+    assert len(dropped.text.encode()) == dropped.signals["num_bytes"]
+    assert (dropped.edits or {})["duplicate_lines"]["bytes"] == dropped.signals["num_bytes"]
 
 
 def test_what_was_cut_and_masked_is_told_and_the_text_is_the_one_that_training_reads(edited: Path) -> None:
@@ -241,8 +290,38 @@ def test_what_was_cut_and_masked_is_told_and_the_text_is_the_one_that_training_r
     assert found.verdict == "held_out" or written[found.id] == found.text
 
 
-def test_the_address_of_a_page_is_shown(edited: Path) -> None:
-    assert explain(ExplainConfig(folder=str(edited), id=id_of_record(edited, 7))).url == "http://a.example/6"
+def test_the_address_and_metadata_of_a_page_are_shown(edited: Path) -> None:
+    assert explained(edited, 7).url == "http://a.example/6"
+    assert explained(edited, 7).metadata == {"tag": "6"}
+    assert (explained(edited, 42).url, explained(edited, 42).metadata) == (None, None)
+
+
+@pytest.mark.parametrize("stop_after", StopAfter)
+def test_the_evaluation_items_in_a_document_are_named_however_far_the_run_went(
+    stop_after: StopAfter,
+    tmp_path: Path,
+    write_jsonl: Callable[..., Path],
+    jsonl_config: Callable[..., Any],
+    texts: list[str],
+) -> None:
+    item = " ".join(texts[5].split()[10:40])
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": item}) + "\n")
+    evaluation = EvaluationConfig(path=str(questions), fields=["question"], name="quiz")
+    cfg = jsonl_config(
+        write_jsonl(texts[:30]),
+        content=ContentConfig(decontamination=DecontaminationConfig(sets=[evaluation])),
+        rules=RulesConfig(max_contaminated_ngrams=0),
+        stop_after=stop_after,
+    )
+    run(cfg, quiet=True)
+    found = explained(Path(cfg.out), 6)
+    assert found.reason == "contaminated"
+    [named] = found.evaluation_items
+    assert (named["set"], named["id"]) == ("quiz", "0")
+    assert 0 < named["ngrams"] <= named["of"]
+    other = explained(Path(cfg.out), 7)
+    assert (other.reason, other.evaluation_items) == (None, [])
 
 
 def test_a_large_cluster_names_a_few() -> None:
@@ -255,7 +334,7 @@ def test_a_large_cluster_names_a_few() -> None:
     [cluster] = related(Match(verdict="dropped", row=table.slice(7, 1).to_pylist()[0] | {
         "id": ids[8], "survivor": ids[0]}), [("dropped", table)])  # fmt: skip
     assert (cluster.size, len(cluster.others)) == (500, NUM_OTHERS_SHOWN)
-    assert (cluster.survivor.id, cluster.survivor.verdict) == (ids[0], "kept earlier")
+    assert (cluster.survivor.id, cluster.survivor.verdict) == (ids[0], "of an earlier run")
 
 
 def test_a_folder_whose_last_run_left_no_facts_is_refused(folder: Path) -> None:

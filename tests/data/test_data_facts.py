@@ -57,6 +57,8 @@ def corpus(num_documents: int, seed: int = 0) -> dict[str, Any]:
             "duplicate_lines": draw.choice([0.0, 0.01, 0.3, 1.0, np.nan], num_documents),
         },
         "language": draw.choice(["en", "de"], num_documents).tolist(),
+        "read_bytes": draw.integers(10_000, 20_000, num_documents),
+        "left_bytes": draw.integers(0, 10_000, num_documents),
     }
 
 
@@ -127,6 +129,8 @@ def test_rows_add_up_to_the_columns() -> None:
             mask = np.array(columns[name]) == row[name]
             assert row["documents"] == mask.sum()
             assert row["bytes"] == columns["num_bytes"][mask].sum()
+            for size in ("read_bytes", "left_bytes") if part == "sources" else ():
+                assert row[size] == columns[size][mask].sum()
             kept = mask & (columns["reason"] == KEPT)
             assert row["kept"] == {"documents": kept.sum(), "bytes": columns["num_bytes"][kept].sum()}
             for number, reason in enumerate(REASONS):
@@ -292,6 +296,7 @@ def test_many_sources_end_in_one_row_without_a_name() -> None:
         num_bytes=np.arange(num_sources),
         reason=np.full(num_sources, KEPT),
         source=[f"s{number}" for number in range(num_sources)],
+        read_bytes=np.full(num_sources, 7),
     )
     builder.add_tokens(pa.array([f"s{number}" for number in range(num_sources)]), np.ones(num_sources))
     rows = builder.result()["sources"]
@@ -299,6 +304,8 @@ def test_many_sources_end_in_one_row_without_a_name() -> None:
     assert (rows[-1]["source"], rows[-1]["num_names"], rows[-1]["documents"]) == (None, 50, 50)
     assert sum(row["bytes"] for row in rows) == np.arange(num_sources).sum()
     assert sum(row["tokens"] for row in rows) == num_sources
+    assert rows[-1]["read_bytes"] == 50 * 7
+    assert "left_bytes" not in rows[0]
 
 
 def test_counts_of_a_part_add_up_at_every_depth() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from llmtrain.cli import data_explain, data_trace
-from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, verdict_tables
+from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, NgramConfig
+from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, explain, verdict_tables
 from llmtrain.data.pipeline import run
 from llmtrain.data.trace import TraceConfig, trace
 
@@ -102,7 +103,14 @@ def test_clusters_edits_and_masks_are_told() -> None:
     found = Explanation(
         id=f"{1:032x}", content=None, source="s", path="p", record=1, text_bytes=5, verdict="train",
         reason=None, signals={"a": 1, "b": 0.123456, "c": None}, rules=[],
-        clusters=[Cluster(kind="near", size=9, survivor=others[0], others=others[1:])],
+        clusters=[
+            Cluster(kind="near", size=9, survivor=others[0], others=others[1:]),
+            Cluster(kind="exact", size=2, others=[], survivor=Relative(
+                id="ef", verdict="dropped", path="g", record=7, reason="near_duplicate")),
+            Cluster(kind="exact", size=2, others=[], survivor=Relative(
+                id="cd", verdict="of an earlier run", path="", record=None)),
+        ],
+        evaluation_items=[{"set": "quiz", "id": "12", "ngrams": 3, "of": 8}],
         edits={"javascript": {"lines": 2, "bytes": 1000}}, pii={"api_key": 3}, text="long",
     )  # fmt: skip
     lines = "\n".join(line.plain for line in data_explain.rest(found))
@@ -110,7 +118,46 @@ def test_clusters_edits_and_masks_are_told() -> None:
     assert "and 5 more" in lines
     assert "cut out   javascript 2 lines, 1,000 bytes" in lines
     assert "masked    api key 3" in lines
+    assert "of them stays ef (g, record 7), which was dropped later as near duplicate" in lines
+    assert "of them stays cd (of an earlier run)" in lines
+    assert "evaluation 3 n-grams of 8 of item 12 of quiz" in lines
     assert lines.endswith("long…")
     assert [data_explain.shown(value) for value in (1234, 0.5, 1e6, None, "en", True)] == [
         "1,234", "0.5", "1,000,000", "–", "en", "True",
     ]  # fmt: skip
+
+
+def test_language_and_metadata_stand_at_the_head_and_masks_are_told_once() -> None:
+    found = Explanation(
+        id=f"{1:032x}", content=None, source="s", path="p", record=1, text_bytes=5, verdict="train",
+        reason=None, signals={"language": "en", "language_score": 0.987654, "num_pii_email": 2, "a": 1},
+        rules=[], pii={"email": 2}, metadata={"crawl": "x", "tag": "y"},
+    )  # fmt: skip
+    lines = [line.plain for line in data_explain.head(found)]
+    assert "metadata  crawl x, tag y" in lines
+    assert "language  en, score 0.9877" in lines
+    names = [cell for column in data_explain.signals_table(found).columns for cell in column.cells]
+    assert not any("num_pii" in str(name) for name in names)
+
+
+def test_a_trace_and_an_explanation_show_the_text_that_deduplication_left(
+    write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], texts: list[str]
+) -> None:
+    lines = texts[1].split("\n")
+    documents = [*texts[:40], texts[0] + " and the end", "\n".join([*lines[:3], texts[50]])]
+    cfg = jsonl_config(
+        write_jsonl(documents),
+        dedup=DedupConfig(
+            near=NearConfig(enabled=True),
+            lines=LineConfig(enabled=True, min_chars=5),
+            ngrams=NgramConfig(enabled=True),
+        ),
+    )
+    run(cfg, quiet=True)
+    found = trace(TraceConfig(folder=cfg.out, token=0, length=1 << 20))
+    explained = [
+        explain(ExplainConfig(folder=cfg.out, id=one.document_id, text_chars=10**6)) for one in found
+    ]
+    assert [one.text for one in found] == [one.text for one in explained]
+    assert [one.text_bytes for one in found] == [one.text_bytes for one in explained]
+    assert any("duplicate_lines" in (one.edits or {}) for one in explained)
