@@ -1,13 +1,14 @@
 """report.html of a data folder: what came in, what was dropped and why, for someone who has a minute.
 
-Reads `facts.json`, which the last run wrote, and `manifest.json` where that run ended with shards. Each panel
-is a function from them to plain values that the template lays out; a panel without data is left out, or says
-what is missing.
+Reads `facts.json`, which the last run wrote, and what lists its output: `manifest.json` where it ended with
+shards, `documents.json` where it ended with documents. Each panel is a function from them to plain values
+that the template lays out; a panel without data is left out, or says what is missing.
 """
 
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,11 @@ from llmtrain.tracking.data_tables import (
     cluster_rows,
     counted,
     funnel_rows,
+    kept_text_of,
     share_rows,
     source_rows,
     stage_rows,
+    text_of,
     words,
 )
 from llmtrain.tracking.histograms import histogram_svg
@@ -38,10 +41,21 @@ from llmtrain.tracking.report_tables import clock
 from llmtrain.units import format_bytes, format_count, format_duration
 
 FACTS_NAME = "facts.json"
+DOCUMENTS_NAME = "documents.json"
+SKIPPED = ("http_status", "no_text", "not_a_page", "not_text")
+"""Reasons of records that are whole and yet no documents: most of a crawl."""
+STATES = {
+    "decide": "decided, no text written",
+    "documents": "documents written",
+    "pack": "prepared",
+}
+"""How far a run went, by `stop_after`."""
 LARGE_SOURCE_LOSS = 0.9
 """Share of a source's text that may be dropped before the page warns; assumed, not measured."""
 LARGE_SOURCE_SHARE = 0.01
 """Of all text: smaller sources are not warned of."""
+NUM_PAIRS_SHOWN = 8
+"""Near-duplicate pairs, of those accepted and of those rejected."""
 NUM_SOURCES_OPEN = 15
 """The others are folded."""
 
@@ -54,12 +68,18 @@ class DataRun:
     manifest: Manifest | None
     """None: the last run ended before there were shards."""
     facts: dict[str, Any] = field(default_factory=dict)
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    """Parquet files of kept documents, where the last run ended with them."""
     facts_note: str = ""
-    """Why there are no facts."""
+    """What is wrong with the facts."""
 
     def told(self, name: str) -> Any:
         """What the manifest says under this name, or else the facts."""
         return getattr(self.manifest, name) if self.manifest is not None else self.facts.get(name)
+
+    @property
+    def state(self) -> str:
+        return STATES.get(self.facts.get("stop_after", "pack"), STATES["pack"])
 
     @property
     def shards(self) -> list[ShardEntry]:
@@ -118,8 +138,21 @@ def read_data_run(folder: Path) -> DataRun:
         raise DataError(
             f"{path} is damaged ({error!r}); delete it, and run `llmtrain data` again to have it back"
         ) from error
-    ended_early = facts.get("stop_after", "pack") != "pack"  # an earlier run's manifest may lie there
-    return DataRun(folder=folder, manifest=None if ended_early else read_manifest(folder), facts=facts)
+    stop_after = facts.get("stop_after", "pack")
+    if stop_after == "pack":
+        manifest = read_manifest(folder)
+        is_of_another = facts.get("funnel", manifest.funnel) != manifest.funnel
+        note = (
+            f"{FACTS_NAME} and {MANIFEST_NAME} are of different runs, and figures of both are shown. Run "
+            "`llmtrain data` again, to its end."
+        )
+        return DataRun(
+            folder=folder, manifest=manifest, facts=facts, facts_note=note if is_of_another else ""
+        )
+    documents: list[dict[str, Any]] = []  # a manifest of an earlier run may lie there: it is not looked at
+    if stop_after == "documents" and (folder / DOCUMENTS_NAME).is_file():
+        documents = read_json(folder / DOCUMENTS_NAME)["files"]
+    return DataRun(folder=folder, manifest=None, facts=facts, documents=documents)
 
 
 def write_data_report(folder: Path, out: Path | None = None) -> Path:
@@ -150,6 +183,7 @@ def render_data(run: DataRun) -> str:
         tiles=tiles_of(run),
         findings=list(findings_of(run)),
         funnel=funnel_of(run),
+        has_tokens=run.num_tokens > 0,
         bytes_per_token=run.bytes_per_token,
         packs=pack_rows(run),
         histograms=with_bounds,
@@ -158,7 +192,10 @@ def render_data(run: DataRun) -> str:
         more_sources=sources[NUM_SOURCES_OPEN:],
         languages=languages_of(run),
         clusters=clusters_of(run),
+        near_note=near_note(run),
+        near_pairs=near_pairs(run),
         stages=stage_rows(facts.get("stages") or []),
+        stages_count_documents=any("documents" in stage for stage in facts.get("stages") or []),
         counts=count_tables(run),
         decontamination=facts.get("decontamination") or [],
         samples=samples_of(run),
@@ -181,6 +218,10 @@ def verdict_of(run: DataRun) -> str:
         f"{format_count(tokens)} tokens {'held out' if split == 'held_out' else 'to train on'}"
         for split in ("train", "held_out")
         if (tokens := sum(shard.num_tokens for shard in run.shards if shard.split == split))
+    ] or [
+        f"{counts['documents']:,} {'held out' if split == 'held_out' else 'to train on'}"
+        for entry in run.text_passes
+        for split, counts in sorted((entry.get("splits") or {}).items(), reverse=True)
     ]
     return f"{first}: {' and '.join(splits)}." if splits else f"{first}."
 
@@ -235,6 +276,11 @@ def tiles_of(run: DataRun) -> list[Tile]:
                 note=f"vocabulary of {run.manifest.tokenizer.vocab_size:,}, {run.manifest.dtype}",
             )
         )
+    if run.documents:
+        size = sum(file["num_bytes"] for file in run.documents)
+        tiles.append(
+            Tile(name="Parquet files", value=str(len(run.documents)), note=f"{format_bytes(size)} in all")
+        )
     return tiles
 
 
@@ -256,18 +302,18 @@ def findings_of(run: DataRun) -> Iterator[Finding]:
         )
         yield Finding("info", f"Most text went to: {named} of what was read.")
     sources = run.facts.get("sources") or []
-    large = LARGE_SOURCE_SHARE * sum(row["bytes"] for row in sources)
+    large = LARGE_SOURCE_SHARE * sum(text_of(row) for row in sources)
     for row in sources:
-        if row["source"] is not None and row["bytes"] and row["bytes"] >= large:
-            lost = 1 - row["kept"]["bytes"] / row["bytes"]
+        if row["source"] is not None and (text := text_of(row)) and text >= large:
+            lost = 1 - kept_text_of(row) / text
             if lost > LARGE_SOURCE_LOSS:
-                yield Finding("warn", f"{lost:.1%} of the text of source {row['source']} was dropped.")
+                yield Finding("warn", f"{lost:.1%} of the text of source {row['source']} did not stay.")
     yield from _checks_of(run)
 
 
 def _checks_of(run: DataRun) -> Iterator[Finding]:
-    bad = sum(counts["documents"] for counts in (run.facts.get("quarantine") or {}).values())
-    if bad:
+    reasons = (run.facts.get("quarantine") or {}).items()
+    if bad := sum(counts["documents"] for reason, counts in reasons if reason not in SKIPPED):
         yield Finding("warn", f"{plural(bad, 'record')} could not be used and lie in the quarantine.")
     for entry in run.text_passes:
         checked, differing = entry.get("checked_documents"), entry.get("differing_documents")
@@ -282,8 +328,8 @@ def _checks_of(run: DataRun) -> Iterator[Finding]:
         if row.get("items_found"):
             yield Finding(
                 "warn",
-                f"{row['items_found']:,} of {row['items']:,} items of {row['name']} occur in the corpus; "
-                f"{plural(row['documents'], 'document')} dropped.",
+                f"{row['items_found']:,} of {row['items']:,} items of {row['name']} share n-grams with the "
+                f"corpus, {row['items_half_found']:,} of them half of theirs or more.",
             )
 
 
@@ -352,6 +398,63 @@ def clusters_of(run: DataRun) -> list[tuple[str, list[ClusterRow], list[dict[str
     ]
 
 
+def near_note(run: DataRun) -> str:
+    """What the comparison of similar texts came to, in sentences; "" where there was none."""
+    counts = (run.facts.get("near") or {}).get("counts")
+    if not counts:
+        return ""
+    num = defaultdict(int, counts)
+    compared = f"{counted(num['num_documents'], 'document')} compared by signatures"
+    if not num["num_candidates"]:
+        return f"{compared}: no two looked alike."
+    found = (
+        f"{compared}: "
+        f"{counted(num['num_candidates'], 'pair')} looked alike, {num['num_accepted']:,} were accepted as "
+        f"near-duplicates ({num['num_by_text']:,} were decided by the texts themselves)."
+    )
+    if num["num_boilerplate_keys"]:
+        found += (
+            f" {counted(num['num_boilerplate_keys'], 'band')} had more than dedup.near.max_key_documents "
+            "documents, which were compared with one of them only."
+        )
+    if num["num_oversize_clusters"]:
+        found += (
+            f" In {counted(num['num_oversize_clusters'], 'cluster')} with more than dedup.near.max_cluster "
+            f"documents, {counted(num['num_released'], 'document')} unlike the survivor stayed."
+        )
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRow:
+    """Two texts that were compared."""
+
+    likeness: str
+    documents: list[Mapping[str, Any]]
+
+
+def near_pairs(run: DataRun) -> list[tuple[str, str, str, list[PairRow]]]:
+    """(title, style, note, pairs) of a sample of accepted and of rejected pairs, the closest calls first."""
+    near = run.facts.get("near") or {}
+    groups = []
+    for kind, style in (("accepted", "dropped"), ("rejected", "kept")):
+        pairs = near.get(kind) or []
+        rows = [_pair_row(pair) for pair in pairs[:NUM_PAIRS_SHOWN]]
+        title = f"{counted(len(rows), 'pair')} {kind}"
+        note = f"Of a sample of {len(pairs):,}, those nearest to the threshold." if rows else ""
+        groups.append((title, style, note, rows))
+    return [group for group in groups if group[3]]
+
+
+def _pair_row(pair: Mapping[str, Any]) -> PairRow:
+    likeness = f"signatures agree in {pair['agreement']:.1%}"
+    if pair.get("similarity") is not None:
+        likeness = f"similarity of the texts {pair['similarity']:.3f}, {likeness}"
+    nameless = {"path": "document", "record": None, "source": None, "text": None}
+    ids: list[Mapping[str, Any]] = [nameless | {"id": pair[name]} for name in ("document_id", "other_id")]
+    return PairRow(likeness=likeness, documents=pair.get("documents") or ids)
+
+
 def count_tables(run: DataRun) -> list[tuple[str, list[str], list[list[str]], str]]:
     """(title, heads, rows, note) of what was masked, edited out and put aside."""
     tables = []
@@ -366,16 +469,15 @@ def count_tables(run: DataRun) -> list[tuple[str, list[str], list[list[str]], st
             [words(reason), f"{counts.get('lines', 0):,}", format_bytes(counts.get("bytes", 0))]
             for reason, counts in _largest_first(edits)
         ]
-        tables.append(
-            ("Cut out of documents", ["by", "lines", "text"], rows, "Before the document was judged.")
-        )
+        note = "Lines, or places in them, before the document was judged."
+        tables.append(("Cut out of documents", ["by", "places", "text"], rows, note))
     if quarantine := facts.get("quarantine"):
         rows = [
             [words(reason), f"{counts['documents']:,}", format_bytes(counts["bytes"])]
             for reason, counts in _largest_first(quarantine)
         ]
         note = "Listed with path, record and detail in the folder's quarantine/."
-        tables.append(("Records that could not be used", ["reason", "records", "size"], rows, note))
+        tables.append(("Records that are no documents", ["reason", "records", "size"], rows, note))
     return tables
 
 

@@ -33,7 +33,7 @@ class FunnelRow:
 
     label: str
     style: str
-    """`in`, `dropped`, `left` or `kept`."""
+    """`in`, `dropped`, `cut` (out of documents that stay), `left` or `kept`."""
     by_bytes: Piece
     by_documents: Piece
     share: str
@@ -50,7 +50,7 @@ class FunnelRow:
 class SourceRow:
     name: str
     pieces: list[Piece]
-    """Of the source's own text: kept, duplicates, otherwise dropped."""
+    """Of the source's own text: kept, dropped with its document, cut out of documents."""
     kept_share: str
     text: str
     documents: str
@@ -104,7 +104,7 @@ def funnel_rows(passes: Sequence[Mapping[str, Any]], bytes_per_token: float | No
         pieces = {}
         for measure in ("bytes", "documents"):
             whole = max(float(read.get(measure, 0)), 1.0)
-            start = begin[measure] - counts.get(measure, 0) if style == "dropped" else 0.0
+            start = begin[measure] - counts.get(measure, 0) if style in ("dropped", "cut") else 0.0
             pieces[measure] = Piece(style, start / whole, (start + counts.get(measure, 0)) / whole)
         tokens = "–"
         if "tokens" in counts:
@@ -117,9 +117,11 @@ def funnel_rows(passes: Sequence[Mapping[str, Any]], bytes_per_token: float | No
             by_bytes=pieces["bytes"],
             by_documents=pieces["documents"],
             share=percent(counts.get("bytes", 0), read["bytes"]),
-            document_share=percent(counts.get("documents", 0), read.get("documents", 0)),
+            document_share=percent(counts.get("documents", 0), read.get("documents", 0))
+            if style != "cut"
+            else "–",
             text=format_bytes(counts.get("bytes", 0)),
-            documents=f"{counts.get('documents', 0):,}",
+            documents=f"{counts.get('documents', 0):,}" if style != "cut" else "–",
             tokens=tokens,
             **more,
         )
@@ -133,17 +135,29 @@ def funnel_rows(passes: Sequence[Mapping[str, Any]], bytes_per_token: float | No
         if small:
             total = {m: sum(counts.get(m, 0) for _, counts in small) for m in ("bytes", "documents")}
             parts = tuple(
-                f"{words(reason)}: {counted(counts.get('documents', 0), 'document')}, "
-                f"{format_bytes(counts.get('bytes', 0))}"
+                f"{words(reason)}: "
+                + (f"{counted(counts['documents'], 'document')}, " if counts.get("documents") else "")
+                + format_bytes(counts.get("bytes", 0))
                 for reason, counts in small
             )
             steps.append((f"{len(small)} smaller reasons", total, parts))
         for label, counts, parts in steps:
-            rows.append(row(label, "dropped", counts, left, parts=parts))
+            is_cut = not counts.get("documents") and bool(counts.get("bytes"))
+            rows.append(row(label, "cut" if is_cut else "dropped", counts, left, parts=parts))
             left = {measure: left[measure] - counts.get(measure, 0) for measure in left}
         if steps and any(later.get("dropped") for later in passes[number + 1 :]):
             rows.append(row(f"left after {entry['pass']}", "left", entry["kept"], left))
     return [*rows, row("kept", "kept", passes[-1]["kept"], left)]
+
+
+def text_of(source: Mapping[str, Any]) -> int:
+    """Bytes of a source as they were read; of an older facts.json, as the rules met them."""
+    return int(source.get("read_bytes", source["bytes"]))
+
+
+def kept_text_of(source: Mapping[str, Any]) -> int:
+    """Bytes of a source that are left in the end."""
+    return int(source.get("left_bytes", source["kept"]["bytes"]))
 
 
 def _split_small(
@@ -166,13 +180,16 @@ def source_rows(sources: Sequence[Mapping[str, Any]]) -> list[SourceRow]:
     """A row for each source, with what became of its text."""
     rows = []
     for source in sources:
-        whole = max(source["bytes"], 1)
-        kept = source["kept"]["bytes"] / whole
-        dropped = sorted(source["dropped"].items(), key=lambda item: -item[1]["bytes"])
+        whole = max(text_of(source), 1)
+        left = kept_text_of(source)
+        gone = source["bytes"] - source["kept"]["bytes"]
+        kept, dropped = left / whole, (left + gone) / whole
+        reasons = {reason: counts["bytes"] for reason, counts in source["dropped"].items()}
+        reasons["cut out of documents"] = whole - left - gone
         named = [
-            f"{words(reason)} {percent(counts['bytes'], whole)}"
-            for reason, counts in dropped
-            if counts["bytes"]
+            f"{words(reason)} {percent(size, whole)}"
+            for reason, size in sorted(reasons.items(), key=lambda item: -item[1])
+            if size > 0
         ]
         rest = len(named) - NUM_REASONS_NAMED
         named = [*named[:NUM_REASONS_NAMED], f"{rest} more"] if rest > 0 else named
@@ -180,9 +197,13 @@ def source_rows(sources: Sequence[Mapping[str, Any]]) -> list[SourceRow]:
         rows.append(
             SourceRow(
                 name=name if name is not None else f"{source.get('num_names', 0):,} smaller sources",
-                pieces=[Piece("kept", 0.0, kept), Piece("dropped", kept, 1.0)],
-                kept_share=percent(source["kept"]["bytes"], whole),
-                text=format_bytes(source["bytes"]),
+                pieces=[
+                    Piece("kept", 0.0, kept),
+                    Piece("dropped", kept, dropped),
+                    Piece("cut", dropped, 1.0 if whole > left + gone else dropped),
+                ],
+                kept_share=percent(left, whole),
+                text=format_bytes(text_of(source)),
                 documents=f"{source['documents']:,}",
                 duplicates=f"{source['duplicates']:,}" if "duplicates" in source else "–",
                 tokens=format_count(source["tokens"]) if "tokens" in source else "–",
