@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 
 from llmtrain.cli import data_explain, data_trace
+from llmtrain.cli.report import ReportRoot, report
+from llmtrain.data.config import StopAfter
+from llmtrain.data.content.config import ContentConfig, PiiConfig
 from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, NgramConfig
 from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, explain, verdict_tables
+from llmtrain.data.filters.config import EditsConfig
 from llmtrain.data.pipeline import run
 from llmtrain.data.trace import TraceConfig, trace
 
@@ -161,3 +165,37 @@ def test_a_trace_and_an_explanation_show_the_text_that_deduplication_left(
     assert [one.text for one in found] == [one.text for one in explained]
     assert [one.text_bytes for one in found] == [one.text_bytes for one in explained]
     assert any("duplicate_lines" in (one.edits or {}) for one in explained)
+
+
+@pytest.mark.parametrize("stop_after", StopAfter)
+def test_every_run_has_a_page_that_shows_what_it_did(
+    stop_after: StopAfter,
+    write_jsonl: Callable[..., Path],
+    jsonl_config: Callable[..., Any],
+    texts: list[str],
+) -> None:
+    lines = texts[1].split("\n")
+    documents: list[Any] = [
+        *texts[:40],
+        texts[0] + " and the end",
+        "\n".join([*lines[:3], texts[50]]),
+        "a few words",
+    ]
+    documents += [f"{texts[51]} Write to jane.doe@mail.com now.", {"no": "text"}]
+    cfg = jsonl_config(
+        write_jsonl(documents),
+        edits=EditsConfig(min_words_per_line=2),
+        content=ContentConfig(pii=PiiConfig(email="<EMAIL>")),
+        dedup=DedupConfig(near=NearConfig(enabled=True), lines=LineConfig(enabled=True, min_chars=5)),
+        stop_after=stop_after,
+        max_quarantine_share=0.5,
+    )
+    run(cfg, quiet=True)
+    report(ReportRoot(folder=cfg.out))
+    page = (Path(cfg.out) / "report.html").read_text(encoding="utf-8")
+    for shown in ("few words", "near duplicate", "too short", "missing field", "duplicate lines", "email"):
+        assert shown in page, shown
+    for shown in ("documents compared by signatures", "near: 1 pair accepted", "signatures agree in"):
+        assert shown in page, shown
+    assert ("tokens to train on" in page) == (stop_after is StopAfter.pack)
+    assert ("Parquet files" in page) == (stop_after is StopAfter.documents)

@@ -14,6 +14,8 @@ import pytest
 
 from llmtrain.cli.report import ReportRoot, report
 from llmtrain.data import facts as data_facts
+from llmtrain.data.config import StopAfter
+from llmtrain.data.document import SKIP_REASONS
 from llmtrain.data.facts import KEPT, FactsBuilder, Measure, Scale, Threshold, write_facts
 from llmtrain.data.manifest import (
     Manifest,
@@ -23,6 +25,7 @@ from llmtrain.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from llmtrain.data.pipeline import DOCUMENTS_NAME
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.tracking import data_report
 from llmtrain.tracking.data_report import is_data_folder, read_data_run, render_data, write_data_report
@@ -482,8 +485,11 @@ def test_damaged_facts_are_an_error(folder):
         read_data_run(folder)
 
 
-def test_facts_have_one_name():
+def test_files_and_reasons_have_one_name():
     assert data_report.FACTS_NAME == data_facts.FACTS_NAME
+    assert data_report.DOCUMENTS_NAME == DOCUMENTS_NAME
+    assert set(data_report.SKIPPED) == set(SKIP_REASONS)
+    assert set(data_report.STATES) == {state.name for state in StopAfter}
 
 
 @pytest.mark.parametrize(
@@ -536,10 +542,13 @@ def test_nothing_is_wider_than_a_phone(folder, tmp_path):
 
 
 def test_a_run_that_ended_before_shards_has_a_page_of_its_facts(folder):
+    splits = {"held_out": {"documents": 5, "bytes": 0}, "train": {"documents": 55, "bytes": 0}}
+    decided = {**FUNNEL[1], "splits": splits}
+    (folder / "documents.json").write_text(json.dumps({"files": [{"num_bytes": 1024}, {"num_bytes": 2048}]}))
     write_facts(
         folder,
         {
-            "facts_version": 1, "stop_after": "documents", "corpus": "early", "funnel": FUNNEL[:2],
+            "facts_version": 1, "stop_after": "documents", "corpus": "early", "funnel": [FUNNEL[0], decided],
             "config": {"rules": {"min_words": 7}}, "versions": {"python": "3.11"},
         },
     )  # fmt: skip
@@ -550,5 +559,115 @@ def test_a_run_that_ended_before_shards_has_a_page_of_its_facts(folder):
         text = page_of(folder).text
         assert "early" in text
         assert "min_words: 7" in text
-        assert "tokens to train on" not in text
+        assert "of text, 60 with 58.6 KiB (59.4%) stayed: 55 to train on and 5 held out." in text
+        assert "documents written" in text
+        assert "tokens" not in text
         assert "Shards" not in text
+        assert "Parquet files 2 3 KiB in all" in text
+
+
+def test_a_run_that_ended_with_verdicts_says_so(folder):
+    write_facts(folder, {"facts_version": 1, "stop_after": "decide", "corpus": "c", "funnel": FUNNEL[:2]})
+    (folder / "documents.json").write_text(json.dumps({"files": [{"num_bytes": 1024}]}))  # of an earlier run
+    text = page_of(folder).text
+    assert "decided, no text written" in text
+    assert "Parquet files" not in text
+
+
+def test_facts_of_another_run_than_the_manifests_are_told(folder):
+    facts = json.loads((folder / "facts.json").read_text())
+    for funnel, is_told in ((FUNNEL, False), (FUNNEL[:2], True)):
+        write_facts(folder, {**facts, "stop_after": "pack", "funnel": funnel})
+        assert ("facts.json and manifest.json are of different runs" in page_of(folder).text) == is_told
+
+
+def test_text_cut_out_of_documents_is_told_apart_from_dropped_documents():
+    dropped = {"few_words": {"documents": 0, "bytes": 400_000}, "empty": {"documents": 7, "bytes": 0}}
+    dropped |= {f"edit_{number}": {"documents": 0, "bytes": 10} for number in range(5)}
+    entry = {
+        "pass": "scan",
+        "in": {"documents": 10, "bytes": 1_000_000},
+        "kept": {"documents": 3, "bytes": 599_950},
+        "dropped": dropped,
+    }
+    _, few_words, empty, small, _ = funnel_rows([entry], None)
+    assert (few_words.style, few_words.documents, few_words.document_share) == ("cut", "–", "–")
+    assert few_words.by_bytes.begin == pytest.approx(0.6)
+    assert (empty.style, empty.documents, empty.document_share) == ("dropped", "7", "70.0%")
+    assert (small.label, small.style, small.parts[0]) == ("5 smaller reasons", "cut", "edit 0: 10 B")
+
+
+def test_a_source_shows_what_was_cut_out_of_its_documents():
+    kept = {"documents": 3, "bytes": 500}
+    dropped = {"too_short": {"documents": 1, "bytes": 200}}
+    counts = {"documents": 4, "bytes": 700, "kept": kept, "dropped": dropped}
+    [row] = source_rows([{"source": "s", **counts, "read_bytes": 1000, "left_bytes": 400}])
+    assert [(piece.style, piece.begin, piece.end) for piece in row.pieces] == [
+        ("kept", 0.0, 0.4), ("dropped", 0.4, pytest.approx(0.6)), ("cut", pytest.approx(0.6), 1.0),
+    ]  # fmt: skip
+    assert (row.kept_share, row.text) == ("40.0%", "1000 B")
+    assert row.reasons == "cut out of documents 40.0%, too short 20.0%"
+
+
+NEAR = {
+    "counts": {"num_documents": 70, "num_candidates": 12, "num_accepted": 9, "num_by_text": 4},
+    "accepted": [
+        {"document_id": "aa", "other_id": "bb", "agreement": 0.75, "similarity": 0.7123},
+        {"document_id": "cc", "other_id": "dd", "agreement": 0.875, "similarity": None},
+    ],
+    "rejected": [
+        {
+            "document_id": "ee", "other_id": "ff", "agreement": 0.5, "similarity": None,
+            "documents": [
+                {"id": "ee", "source": "s", "path": "p.jsonl", "record": 1234, "text": "<i>one"},
+                {"id": "ff", "source": "an earlier run", "path": "", "record": 0, "text": None},
+            ],
+        }
+    ],
+}  # fmt: skip
+
+
+def with_near(folder, **counts):
+    facts = json.loads((folder / "facts.json").read_text())
+    write_facts(folder, {**facts, "near": {**NEAR, "counts": NEAR["counts"] | counts}})
+    return page_of(folder)
+
+
+def test_pairs_of_similar_texts_are_shown_with_what_decided(folder):
+    page = with_near(folder)
+    for words in (
+        "70 documents compared by signatures: 12 pairs looked alike, 9 were accepted as near-duplicates "
+        "(4 were decided by the texts themselves).",
+        "near: 2 pairs accepted Of a sample of 2, those nearest to the threshold. similarity of the texts "
+        "0.712, signatures agree in 75.0% document · aa document · bb signatures agree in 87.5%",
+        "near: 1 pair rejected Of a sample of 1, those nearest to the threshold. signatures agree in 50.0% "
+        "p.jsonl, record 1,234 · s · ee <i>one an earlier run · ff",
+    ):
+        assert words in page.text
+    assert page.open_tags == []
+    assert "band" not in page.text
+
+
+def test_bands_and_clusters_that_were_too_large_are_told(folder):
+    text = with_near(folder, num_boilerplate_keys=2, num_oversize_clusters=1, num_released=30).text
+    assert "2 bands had more than dedup.near.max_key_documents documents" in text
+    assert "In 1 cluster with more than dedup.near.max_cluster documents, 30 documents unlike" in text
+
+
+def test_that_no_two_texts_looked_alike_is_said(folder):
+    facts = json.loads((folder / "facts.json").read_text())
+    del facts["duplicates"]
+    counts = {"num_documents": 5, "num_candidates": 0, "num_accepted": 0}
+    write_facts(folder, {**facts, "near": {"counts": counts, "accepted": [], "rejected": []}})
+    text = page_of(folder).text
+    assert "Duplicates 5 documents compared by signatures: no two looked alike." in text
+    assert "pairs" not in text
+
+
+def test_records_of_a_crawl_that_are_no_pages_are_no_warning(folder):
+    facts = json.loads((folder / "facts.json").read_text())
+    facts["quarantine"] = {"not_a_page": {"documents": 500, "bytes": 1000}}
+    write_facts(folder, facts)
+    text = page_of(folder).text
+    assert "could not be used" not in text
+    assert "Records that are no documents reason records size not a page 500" in text
