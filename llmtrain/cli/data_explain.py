@@ -34,7 +34,10 @@ def show(cfg: ExplainConfig) -> None:
         console.width = 140
     for line in head(found):
         console.print(line, soft_wrap=True)
-    console.print(rules_table(found))
+    if any(rule.verdict != "off" for rule in found.rules):
+        console.print(rules_table(found))
+    else:
+        console.print(f"\nAll {len(found.rules)} rules are off.\n")
     console.print(signals_table(found))
     for line in rest(found):
         console.print(line, soft_wrap=True)

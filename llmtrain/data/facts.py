@@ -383,7 +383,7 @@ class FactsBuilder:
         Args:
             look_up: finds the documents to show; None: no samples and no examples. Called once.
             parts: further parts, as they stand in docs/report.md (`corpus`, `funnel`, `stages`, `near`,
-            `alarms`, `decontamination`, `folders`, `rules`); None leaves one out.
+            `decontamination`, `folders`, `rules`); None leaves one out.
         """
         facts: dict[str, Any] = {"facts_version": FACTS_VERSION}
         facts |= {name: value for name, value in parts.items() if value is not None}

@@ -290,8 +290,6 @@ def _share(part: Mapping[str, int], whole: Mapping[str, int], measure: str) -> s
 
 def findings_of(run: DataRun) -> Iterator[Finding]:
     """What a careful reader of the figures would say."""
-    for alarm in run.facts.get("alarms") or []:
-        yield Finding(alarm.get("level", "warn"), str(alarm["text"]))
     if run.facts_note:
         yield Finding("warn", run.facts_note)
     read = run.read
@@ -438,12 +436,18 @@ def near_pairs(run: DataRun) -> list[tuple[str, str, str, list[PairRow]]]:
     near = run.facts.get("near") or {}
     groups = []
     for kind, style in (("accepted", "dropped"), ("rejected", "kept")):
-        pairs = near.get(kind) or []
+        pairs = sorted(near.get(kind) or [], key=_likeness, reverse=kind == "rejected")
         rows = [_pair_row(pair) for pair in pairs[:NUM_PAIRS_SHOWN]]
         title = f"{counted(len(rows), 'pair')} {kind}"
         note = f"Of a sample of {len(pairs):,}, those nearest to the threshold." if rows else ""
         groups.append((title, style, note, rows))
     return [group for group in groups if group[3]]
+
+
+def _likeness(pair: Mapping[str, Any]) -> float:
+    """What decided: the similarity of the texts where it was looked at."""
+    similarity = pair.get("similarity")
+    return float(pair["agreement"] if similarity is None else similarity)
 
 
 def _pair_row(pair: Mapping[str, Any]) -> PairRow:

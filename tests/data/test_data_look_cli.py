@@ -18,7 +18,7 @@ from llmtrain.data.config import StopAfter
 from llmtrain.data.content.config import ContentConfig, PiiConfig
 from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, NgramConfig
 from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, explain, verdict_tables
-from llmtrain.data.filters.config import EditsConfig
+from llmtrain.data.filters.config import EditsConfig, RulesConfig
 from llmtrain.data.pipeline import run
 from llmtrain.data.trace import TraceConfig, trace
 
@@ -193,9 +193,27 @@ def test_every_run_has_a_page_that_shows_what_it_did(
     run(cfg, quiet=True)
     report(ReportRoot(folder=cfg.out))
     page = (Path(cfg.out) / "report.html").read_text(encoding="utf-8")
+    explained = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    for key in json.loads((Path(cfg.out) / "facts.json").read_text()):
+        assert f"`{key}`" in explained, f"docs/report.md does not explain {key} of facts.json"
     for shown in ("few words", "near duplicate", "too short", "missing field", "duplicate lines", "email"):
         assert shown in page, shown
     for shown in ("documents compared by signatures", "near: 1 pair accepted", "signatures agree in"):
         assert shown in page, shown
     assert ("tokens to train on" in page) == (stop_after is StopAfter.pack)
     assert ("Parquet files" in page) == (stop_after is StopAfter.documents)
+
+
+def test_a_run_without_rules_says_that_all_are_off(
+    write_jsonl: Callable[..., Path],
+    jsonl_config: Callable[..., Any],
+    texts: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cfg = jsonl_config(write_jsonl(texts[:5]), rules=RulesConfig(), stop_after=StopAfter.decide)
+    run(cfg, quiet=True)
+    facts = json.loads((Path(cfg.out) / "facts.json").read_text())
+    data_explain.show(ExplainConfig(folder=cfg.out, id=facts["samples"]["kept"][0]["id"]))
+    shown = capsys.readouterr().out
+    assert "rules are off." in shown
+    assert "Rules, in their order" not in shown

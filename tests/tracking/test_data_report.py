@@ -205,7 +205,6 @@ def facts_of():
             {"name": "scan", "seconds": 3.0, "bytes": 101_000, "documents": 101},
             {"name": "decide", "seconds": 1.0},
         ],
-        alarms=[{"level": "warn", "text": "near_duplicate removed much of source books"}],
         decontamination=[{"name": "hellaswag", "items": 1000, "items_found": 3, "items_half_found": 1}],
     )
 
@@ -244,7 +243,6 @@ def test_the_head_says_what_came_out(folder):
 def test_findings_are_what_the_facts_say(folder):
     text = page_of(folder).text
     for words in (
-        "near_duplicate removed much of source books",
         "Most text went to: too short (29.7%), exact duplicate (9.9%), broken json (1.0%) of what was read.",
         "100.0% of the text of source code & more did not stay.",
         "1 record could not be used",
@@ -612,8 +610,8 @@ def test_a_source_shows_what_was_cut_out_of_its_documents():
 NEAR = {
     "counts": {"num_documents": 70, "num_candidates": 12, "num_accepted": 9, "num_by_text": 4},
     "accepted": [
-        {"document_id": "aa", "other_id": "bb", "agreement": 0.75, "similarity": 0.7123},
         {"document_id": "cc", "other_id": "dd", "agreement": 0.875, "similarity": None},
+        {"document_id": "aa", "other_id": "bb", "agreement": 0.75, "similarity": 0.7123},
     ],
     "rejected": [
         {
