@@ -16,7 +16,7 @@ from llmtrain.cli import data_explain, data_trace
 from llmtrain.cli.report import ReportRoot, report
 from llmtrain.data.config import StopAfter
 from llmtrain.data.content.config import ContentConfig, PiiConfig
-from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, NgramConfig
+from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, NgramConfig, Survivor
 from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, explain, verdict_tables
 from llmtrain.data.filters.config import EditsConfig, RulesConfig
 from llmtrain.data.pipeline import run
@@ -152,6 +152,7 @@ def test_a_trace_and_an_explanation_show_the_text_that_deduplication_left(
     cfg = jsonl_config(
         write_jsonl(documents),
         dedup=DedupConfig(
+            survivor=Survivor.longest,
             near=NearConfig(enabled=True),
             lines=LineConfig(enabled=True, min_chars=5),
             ngrams=NgramConfig(enabled=True),
