@@ -51,7 +51,7 @@ from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.flow import Flow, FlowBuilder, funnel_entry, merged
 from llmtrain.data.folder import key_of, read_done, write_done
 from llmtrain.data.run_facts import LookUp, decontamination_report, facts_of_unit, joined, save
-from llmtrain.data.scan import unit_files
+from llmtrain.data.scan import UnitFiles, unit_files
 from llmtrain.data.text.words import split_words
 from llmtrain.data.verdicts import (
     PARTS,
@@ -71,7 +71,7 @@ from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
 
-DECIDE_VERSION = 4
+DECIDE_VERSION = 5
 """Part of the folder's key: raise it when the same signals would give other verdicts."""
 KEPT = -1
 LATEST_NAME = "latest.json"
@@ -308,7 +308,7 @@ def finish_unit(task: FinishTask) -> dict[str, Any]:
         builder = FlowBuilder(names, source_of)
         builder.add("in", np.ones(len(outcomes), dtype=np.bool_), bytes=num_bytes)
         builder.add("kept", is_kept, bytes=outcomes["num_bytes"])
-        builder.add("duplicate_lines", None, bytes=np.where(is_kept, num_bytes - outcomes["num_bytes"], 0))
+        builder.add("repeated_lines", None, bytes=np.where(is_kept, num_bytes - outcomes["num_bytes"], 0))
         for number in np.unique(outcomes["reason"][~is_kept]).tolist():
             builder.add(REASONS[number], outcomes["reason"] == number, bytes=num_bytes)
         rows = _verdict_rows(task, table, outcomes)
@@ -534,6 +534,8 @@ def _dedup_units(
     first = 0
     for unit, summary in zip(scanned.units, judged, strict=True):
         files = unit_files(out, scanned.key, unit.number)
+        if scanned.num_rows(unit.number) is not None:
+            files = _shortened(cfg, files, summary["num_documents"], folder.parent / "shortened")
         units.append(
             DedupUnit(
                 number=unit.number,
@@ -547,6 +549,28 @@ def _dedup_units(
         )
         first += summary["num_documents"]
     return units + previous_units(cfg, units)
+
+
+def _shortened(cfg: DedupConfig, files: UnitFiles, num_rows: int, folder: Path) -> UnitFiles:
+    """The unit's first documents alone, where a corpus is cut at max_text_bytes."""
+    short = replace(files, **{name: folder / f"{name}.npy" for name in ("signatures", "lines", "ngrams")})
+    if cfg.near.enabled:
+        _write_rows(short.signatures, np.load(files.signatures, mmap_mode="r")[:num_rows])
+    if cfg.lines.enabled:
+        lines = np.load(files.lines)
+        _write_rows(short.lines, lines[lines["row"] < num_rows])
+    if cfg.ngrams.enabled:
+        ngrams = np.load(files.ngrams)  # hashes of all documents, then how many each has
+        with pa.memory_map(str(files.signals)) as handle:
+            num_scanned = pa.ipc.open_file(handle).read_all().num_rows
+        counts = ngrams[len(ngrams) - num_scanned :][:num_rows]
+        _write_rows(short.ngrams, np.concatenate([ngrams[: int(counts.sum())], counts]))
+    return short
+
+
+def _write_rows(path: Path, rows: npt.NDArray[Any]) -> None:
+    with RowWriter(path, rows.dtype, rows.shape[1:]) as writer:
+        writer.append(np.ascontiguousarray(rows))
 
 
 def _index_folder(folder: Path) -> Path:

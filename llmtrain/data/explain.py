@@ -138,7 +138,7 @@ class Explanation:
     rules: list[RuleVerdict]
     clusters: list[Cluster] = field(default_factory=list)
     edits: dict[str, Any] | None = None
-    """Lines and bytes cut out of it, by reason: line edits before the rules, and `duplicate_lines` after
+    """Lines and bytes cut out of it, by reason: line edits before the rules, and `repeated_lines` after
     them. None: the run had neither."""
     pii: dict[str, int] | None = None
     """Places masked in it, by kind; None: not recorded."""
@@ -169,7 +169,7 @@ def explain(cfg: ExplainConfig) -> Explanation:
     left, cut = _without_cuts(verdicts / "cuts", unit, row, document["text"])
     edits = _edits(signals)
     if cut is not None:
-        edits = (edits or {}) | ({"duplicate_lines": cut} if cut["lines"] else {})
+        edits = (edits or {}) | ({"repeated_lines": cut} if cut["lines"] else {})
     return explanation(
         match,
         {name: item for name, item in signals.items() if name not in match.row and name != "slice"},

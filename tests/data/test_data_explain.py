@@ -264,10 +264,10 @@ def test_a_document_stands_for_copies_though_it_is_dropped_itself(edited: Path) 
 
 def test_lines_that_deduplication_cut_are_counted(edited: Path, texts: list[str]) -> None:
     pair = [explained(edited, record, text_chars=10_000) for record in (2, 42)]
-    cut = [one for one in pair if "duplicate_lines" in (one.edits or {})]
+    cut = [one for one in pair if "repeated_lines" in (one.edits or {})]
     assert cut, "the two share lines"
     for one in cut:
-        lost = (one.edits or {})["duplicate_lines"]
+        lost = (one.edits or {})["repeated_lines"]
         assert lost["lines"] > 0
         assert lost["bytes"] == one.signals["num_bytes"] - one.text_bytes  # type: ignore[operator]
         assert one.text is not None
@@ -279,7 +279,7 @@ def test_a_text_that_lost_all_its_lines_is_shown_as_the_rules_saw_it(edited: Pat
     assert dropped.reason == "mostly_duplicate_lines"
     assert dropped.text is not None
     assert len(dropped.text.encode()) == dropped.signals["num_bytes"]
-    assert (dropped.edits or {})["duplicate_lines"]["bytes"] == dropped.signals["num_bytes"]
+    assert (dropped.edits or {})["repeated_lines"]["bytes"] == dropped.signals["num_bytes"]
 
 
 def test_what_was_cut_and_masked_is_told_and_the_text_is_the_one_that_training_reads(edited: Path) -> None:

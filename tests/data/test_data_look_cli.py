@@ -165,7 +165,7 @@ def test_a_trace_and_an_explanation_show_the_text_that_deduplication_left(
     ]
     assert [one.text for one in found] == [one.text for one in explained]
     assert [one.text_bytes for one in found] == [one.text_bytes for one in explained]
-    assert any("duplicate_lines" in (one.edits or {}) for one in explained)
+    assert any("repeated_lines" in (one.edits or {}) for one in explained)
 
 
 @pytest.mark.parametrize("stop_after", StopAfter)

@@ -31,7 +31,7 @@ from llmtrain.data.config import (
     TokenizerConfig,
 )
 from llmtrain.data.content.config import ContentConfig, LanguageConfig
-from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig
+from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, NgramConfig
 from llmtrain.data.document import normalize
 from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.filters.config import RulesConfig
@@ -512,6 +512,11 @@ def test_the_embedded_corpus_stops_at_its_cap_whatever_the_units(
     for number, unit_bytes in enumerate((100_000, 5 << 20)):
         cfg = DataConfig(
             corpus=CorpusConfig(name="python_docs", format=Format.python_docs, max_text_bytes=600_000),
+            dedup=DedupConfig(
+                near=NearConfig(enabled=True),
+                lines=LineConfig(enabled=True),
+                ngrams=NgramConfig(enabled=True),
+            ),
             tokenizer=TokenizerConfig(vocab_size=1000),
             engine=EngineConfig(kind=EngineKind.inline, unit_bytes=unit_bytes),
             max_quarantine_share=0.1,

@@ -77,7 +77,7 @@ def test_every_step_has_something_to_do(make: Make) -> None:
     }  # fmt: skip
     assert set(decide["dropped"]) == {
         "empty", "url_blocked", "wrong_language", "few_distinct_stop_words", "bad_words", "lorem_ipsum",
-        "contaminated", "duplicate", "near_duplicate", "ngram_overlap", "duplicate_lines",
+        "contaminated", "duplicate", "near_duplicate", "ngram_overlap", "repeated_lines",
         "mostly_duplicate_lines",
     }  # fmt: skip
     assert len(whole.output_of(Path(cfg.out))) > 30
