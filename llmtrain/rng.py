@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
+import numpy.typing as npt
 
 
 def key(seed: int, *names: str | int) -> int:
@@ -19,3 +20,11 @@ def key(seed: int, *names: str | int) -> int:
 def stream(seed: int, *names: str | int) -> np.random.Generator:
     """Return a generator (Philox, counter-based) whose numbers depend only on `seed` and `names`."""
     return np.random.Generator(np.random.Philox(key=key(seed, *names)))
+
+
+def mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A bijection of 64 bits in which each decides about half of them: splitmix64's finalizer (Steele, Lea
+    and Flood 2014, OOPSLA, figure 16)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
+    return values ^ (values >> np.uint64(31))

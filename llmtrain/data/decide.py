@@ -24,7 +24,7 @@ import shutil
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,12 @@ from llmtrain.data.dedup.standing import standings
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter, read_units, write_units
 from llmtrain.data.docs import StoredTexts
 from llmtrain.data.engines.engine import Engine
-from llmtrain.data.facts import FACTS_NAME
-from llmtrain.data.filters.chain import RULES, dropped_by
+from llmtrain.data.facts import FACTS_NAME, KEPT
+from llmtrain.data.filters.chain import RULES, SETTING_OF_REASON, dropped_by
 from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.flow import Flow, FlowBuilder, funnel_entry, merged
 from llmtrain.data.folder import key_of, read_done, write_done
-from llmtrain.data.run_facts import LookUp, decontamination_report, facts_of_unit, joined, save
+from llmtrain.data.run_facts import LookUp, decontamination_report, facts_of_unit, joined, near_facts, save
 from llmtrain.data.scan import UnitFiles, unit_files
 from llmtrain.data.text.words import split_words
 from llmtrain.data.verdicts import (
@@ -73,7 +73,6 @@ log = logging.getLogger(__name__)
 
 DECIDE_VERSION = 5
 """Part of the folder's key: raise it when the same signals would give other verdicts."""
-KEPT = -1
 LATEST_NAME = "latest.json"
 """In `index/`: names the index that the last run wrote."""
 ROWS_AT_ONCE = 4096
@@ -377,11 +376,7 @@ def _ids_of(units: Sequence[DedupUnit], numbers: npt.NDArray[np.int64]) -> pa.Ar
 
 def split_order(content_low: npt.NDArray[np.uint64], seed: int, name: str) -> npt.NDArray[np.uint64]:
     """64 uniform bits a document, from the low half of its text's hash, the seed and a name."""
-    mixed = content_low ^ np.uint64(rng.key(seed, name))
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64's finalizer
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
+    return rng.mix(content_low ^ np.uint64(rng.key(seed, name)))
 
 
 def draw_held_out(units: Iterable[Path], cfg: HeldOutConfig) -> int | None:
@@ -712,18 +707,15 @@ def _facts(
     """What the passes so far tell, as JSON."""
     own = units[: len(scanned.units)]
     texts = StoredTexts(out, scanned.key, np.array([unit.first for unit in own], dtype=np.int64))
+    look_up = LookUp(out, scanned, units, texts)
     facts = joined([_facts_file(folder, unit.number) for unit in own]).result(
-        LookUp(out, scanned, units, texts),
+        look_up,
         corpus=cfg.corpus.name,
         rules=plain(cfg.rules),
         folders={"scan": scanned.key, "verdicts": folder.name},
     )
     if near is not None:
-        facts["near"] = {
-            "counts": near.counts,
-            "accepted": [asdict(pair) for pair in near.accepted],
-            "rejected": [asdict(pair) for pair in near.rejected],
-        }
+        facts["near"] = near_facts(near, look_up)
     if cfg.content.decontamination.is_on:
         found = decontamination_report(cfg.content.decontamination, out, scanned, [u.documents for u in own])
         write_json(folder / "decontamination.json", found)
@@ -749,9 +741,9 @@ def _too_few(units: Sequence[DedupUnit], rules: RulesConfig) -> str:
         f"{left}{', all of the same text' if num_kept > 1 else ''}, and two different ones are needed: "
         f"one to train on and one to hold out. Dropped: {dropped}"
     )
-    settings = {rule.reason: rule.setting for rule in RULES}
     for name, _ in ordered:
-        if name in settings:
-            value = getattr(rules, settings[name])
-            return f"{message}. The first to loosen: rules.{settings[name]}={value} (null switches it off)"
+        if name in SETTING_OF_REASON:
+            setting = SETTING_OF_REASON[name]
+            value = getattr(rules, setting)
+            return f"{message}. The first to loosen: rules.{setting}={value} (null switches it off)"
     return message

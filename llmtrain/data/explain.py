@@ -26,6 +26,7 @@ from llmtrain.data.filters.chain import RULES, value
 from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.filters.rule import Bound, Rule
 from llmtrain.data.trace import OutputFormat
+from llmtrain.data.verdicts import PARTS
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_json
 
@@ -35,8 +36,6 @@ NUM_OTHERS_SHOWN = 20
 """Members of a cluster that are named."""
 CLUSTERS = {"duplicate": "exact", "near_duplicate": "near"}
 """Reasons that name a survivor, and what the members of such a cluster have in common."""
-VERDICTS = ("train", "held_out", "dropped")
-"""Tables of a verdicts folder."""
 
 
 @dataclass(kw_only=True)
@@ -399,7 +398,7 @@ def rules_of(settings: Mapping[str, Any]) -> RulesConfig:
 def verdict_tables(folder: Path) -> list[tuple[str, pa.Table]]:
     """The tables of a verdicts folder, mapped into memory."""
     tables = []
-    for name in VERDICTS:
+    for name in PARTS:
         path = folder / f"{name}.arrow"
         if not path.is_file():
             raise DataError(f"{path} is missing; run `llmtrain data` again, which makes it anew")

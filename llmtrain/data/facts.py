@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from llmtrain import rng
 from llmtrain.files import write_json
 
 FACTS_NAME = "facts.json"
@@ -287,7 +288,6 @@ class FactsBuilder:
         self.histograms = {measure.name: Histogram.empty(measure) for measure in measures}
         self.sources = Crosstab(num_reasons=len(self.reasons))
         self.languages = Crosstab(num_reasons=len(self.reasons))
-        self.tokens: dict[str, int] = {}
         self.sizes: dict[str, dict[str, int]] = {"read_bytes": {}, "left_bytes": {}}
         """By name of a source."""
         self.samples = {number: Draw(size=_num_samples(number)) for number in range(KEPT, len(self.reasons))}
@@ -348,10 +348,6 @@ class FactsBuilder:
         """
         self.clusters.setdefault(kind, Clusters()).add(duplicates)
 
-    def add_tokens(self, source: Names, num_tokens: Ints) -> None:
-        """Take in how many tokens kept documents became."""
-        self.tokens = _added(self.tokens, _totals(source, num_tokens))
-
     def add_counts(self, part: str, counts: Mapping[str, Any]) -> None:
         """Add to the sums of a part: numbers by name, or dicts of numbers by name.
 
@@ -367,7 +363,6 @@ class FactsBuilder:
             self.histograms[name].counts += histogram.counts
         self.sources.merge(other.sources)
         self.languages.merge(other.languages)
-        self.tokens = _added(self.tokens, other.tokens)
         for part, sizes in other.sizes.items():
             self.sizes[part] = _added(self.sizes[part], sizes)
         for number, draw in other.samples.items():
@@ -415,19 +410,13 @@ class FactsBuilder:
 
     def _sources(self) -> list[dict[str, Any]]:
         rows = self.sources.as_json("source", self.reasons, NUM_SOURCES_SHOWN)
-        named = [row["source"] for row in rows if row["source"] is not None]
         for row in rows:
             if self.duplicate_reasons:
                 row["duplicates"] = sum(
                     row["dropped"].get(reason, {}).get("documents", 0) for reason in self.duplicate_reasons
                 )
-            for part, totals in (("tokens", self.tokens), *self.sizes.items()):
-                if totals:
-                    row[part] = (
-                        totals.get(row["source"], 0)
-                        if row["source"] is not None
-                        else sum(totals.values()) - sum(totals.get(name, 0) for name in named)
-                    )
+        for part, totals in self.sizes.items():
+            put_totals(rows, part, totals)
         return rows
 
     def _documents_shown(self) -> Ints:
@@ -450,6 +439,17 @@ class FactsBuilder:
         }
 
 
+def put_totals(rows: list[dict[str, Any]], part: str, totals: Mapping[str, int]) -> None:
+    """Give the rows of sources a number more; the last row, which sources share, the sum of theirs."""
+    named = [row["source"] for row in rows if row["source"] is not None]
+    for row in rows if totals else ():
+        row[part] = (
+            totals.get(row["source"], 0)
+            if row["source"] is not None
+            else sum(totals.values()) - sum(totals.get(name, 0) for name in named)
+        )
+
+
 def write_facts(folder: Path, facts: Mapping[str, Any]) -> Path:
     """Write `facts.json` into the data folder, whole or not at all."""
     path = folder / FACTS_NAME
@@ -466,11 +466,8 @@ def snippet(text: str | bytes | None, num_chars: int = SNIPPET_CHARS) -> str | N
 
 
 def mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """64 well mixed bits each: splitmix64's finalizer (Steele, Lea and Flood 2014, OOPSLA, figure 16)."""
-    result = values + np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        result = (result ^ (result >> np.uint64(shift))) * np.uint64(factor)
-    return result ^ (result >> np.uint64(31))
+    """64 well mixed bits each, of 0 too: a step of splitmix64."""
+    return rng.mix(values + np.uint64(0x9E3779B97F4A7C15))
 
 
 def _coded(names: Names) -> pa.DictionaryArray:

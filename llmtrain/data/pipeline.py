@@ -33,7 +33,7 @@ from llmtrain.data.dedup.config import Survivor
 from llmtrain.data.document import BAD_REASONS, SKIP_REASONS
 from llmtrain.data.engines.engine import Engine, make_engine
 from llmtrain.data.export import EXPORT_VERSION, DocumentsFile, ExportTask, export_documents
-from llmtrain.data.facts import FACTS_NAME, write_facts
+from llmtrain.data.facts import FACTS_NAME, put_totals, write_facts
 from llmtrain.data.filters.chain import RULES
 from llmtrain.data.flow import check_closes
 from llmtrain.data.folder import key_of, read_done, remove_leftovers, write_done
@@ -210,9 +210,7 @@ def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
     reasons = {**BAD_REASONS, **SKIP_REASONS}
     if bad := {name: drop for name, drop in report.funnel[0]["dropped"].items() if name in reasons}:
         facts["quarantine"] = bad
-    if report.tokens:
-        for row in facts.get("sources", []):
-            row["tokens"] = report.tokens.get(row["source"], 0)
+    put_totals(facts.get("sources", []), "tokens", report.tokens)
     write_facts(report.out, facts)
 
 

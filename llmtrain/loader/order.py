@@ -73,17 +73,10 @@ def _feistel(values: Uint64, num_bits: int, round_keys: list[int]) -> Uint64:
     left_bits, right_bits = num_bits // 2, num_bits - num_bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
     for round_key in round_keys:
-        left, right = right, left ^ (_mix(right + np.uint64(round_key)) & np.uint64((1 << left_bits) - 1))
+        left, right = right, left ^ (rng.mix(right + np.uint64(round_key)) & np.uint64((1 << left_bits) - 1))
         left_bits, right_bits = right_bits, left_bits
     return (left << np.uint64(right_bits)) | right
 
 
-def _mix(values: Uint64) -> Uint64:
-    """The finaliser of splitmix64, modulo 2^64."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 def _mix_int(value: int) -> int:
-    return int(_mix(np.array([value], dtype=np.uint64))[0])
+    return int(rng.mix(np.array([value], dtype=np.uint64))[0])

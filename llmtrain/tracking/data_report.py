@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from llmtrain.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, read_manifest
 from llmtrain.errors import DataError
@@ -36,7 +35,7 @@ from llmtrain.tracking.data_tables import (
     words,
 )
 from llmtrain.tracking.histograms import histogram_svg
-from llmtrain.tracking.report import Finding, Tile, plural
+from llmtrain.tracking.report import Finding, Tile, plural, template
 from llmtrain.tracking.report_tables import clock
 from llmtrain.units import format_bytes, format_count, format_duration
 
@@ -166,17 +165,10 @@ def write_data_report(folder: Path, out: Path | None = None) -> Path:
 
 def render_data(run: DataRun) -> str:
     """The whole page as text."""
-    environment = Environment(
-        loader=PackageLoader("llmtrain.tracking"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     facts = run.facts
     with_bounds, without = histograms_of(run)
     sources = sources_of(run)
-    return environment.get_template("data_report.html.j2").render(
+    return template("data_report.html.j2").render(
         run=run,
         name=run.told("corpus"),
         verdict=verdict_of(run),

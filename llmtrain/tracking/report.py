@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from llmtrain.files import atomic_write
 from llmtrain.tracking.report_curves import loss_chart, small_charts, smoothed_steps
@@ -73,8 +73,8 @@ def write_report(run_folder: Path, out: Path | None = None) -> Path:
     return path
 
 
-def render(run: RunData) -> str:
-    """The whole page as text."""
+def template(name: str) -> Template:
+    """A page of `templates/`; a name that it is not given is an error."""
     environment = Environment(
         loader=PackageLoader("llmtrain.tracking"),
         autoescape=True,
@@ -82,7 +82,12 @@ def render(run: RunData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template(name)
+
+
+def render(run: RunData) -> str:
+    """The whole page as text."""
+    return template("report.html.j2").render(
         run=run,
         status=status_of(run),
         verdict=verdict_of(run),

@@ -16,7 +16,7 @@ from llmtrain.cli.report import ReportRoot, report
 from llmtrain.data import facts as data_facts
 from llmtrain.data.config import StopAfter
 from llmtrain.data.document import SKIP_REASONS
-from llmtrain.data.facts import KEPT, FactsBuilder, Measure, Scale, Threshold, write_facts
+from llmtrain.data.facts import KEPT, FactsBuilder, Measure, Scale, Threshold, put_totals, write_facts
 from llmtrain.data.manifest import (
     Manifest,
     PackEntry,
@@ -176,7 +176,6 @@ def facts_of():
         values={"num_words": num_words.astype(float), "shares": np.linspace(0, 0.4, 100)},
         language=["en"] * 90 + ["de"] * 10,
     )
-    builder.add_tokens(["books"], np.array([15_000]))
     duplicate = np.dtype([("document", "<i8"), ("survivor", "<i8"), ("cluster_size", "<i4")])
     rows = [(90 + number, 1, 8) for number in range(7)] + [
         (97 + number, 2 + number, 2) for number in range(3)
@@ -198,7 +197,7 @@ def facts_of():
             for n in documents.tolist()
         ]
 
-    return builder.result(
+    facts = builder.result(
         look_up,
         corpus="tiny",
         stages=[
@@ -207,6 +206,8 @@ def facts_of():
         ],
         decontamination=[{"name": "hellaswag", "items": 1000, "items_found": 3, "items_half_found": 1}],
     )
+    put_totals(facts["sources"], "tokens", {"books": 15_000})
+    return facts
 
 
 def page_of(folder):

@@ -240,8 +240,3 @@ class Identifier:
         return [
             UNDETERMINED if number < 0 else self._label_codes[number] for number in best.tolist()
         ], probability
-
-
-def known_codes(cfg: LanguageConfig) -> tuple[str, ...]:
-    """Every code that documents can get under `cfg`. Reads the model."""
-    return Identifier.load(cfg).codes

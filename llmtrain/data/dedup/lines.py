@@ -5,7 +5,7 @@ CCNet (Wenzek et al. 2020, arXiv:1911.00359, section 3.1) removes the lines whos
 arXiv:1910.10683, section 2.2) with spans of three sentences. Here it is exact, up to 64-bit hashes, and does
 not depend on the order of the documents: the copy that stays is the first one in the best document that has
 it (dedup/standing.py). Copies inside one document are copies too. A line whose owner is dropped later for
-what it lost itself (`line_losses`) is gone.
+what it lost itself is gone.
 
 The scan writes `line_text.line_hashes` of each unit. Here the best copy of each unit, or of a piece of a
 large one, is shuffled by hash, and each unit then learns which of its lines another document owns.
@@ -16,15 +16,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmtrain.data.dedup.arrays import open_array, remove_work
-from llmtrain.data.dedup.config import DedupConfig, LineConfig
+from llmtrain.data.dedup.config import DedupConfig
 from llmtrain.data.dedup.line_text import LINE_DTYPE, SPAN_DTYPE, Lines, Spans
-from llmtrain.data.dedup.owners import RECORD, SettleTask, read_lost, run_file, settle, write_run
+from llmtrain.data.dedup.owners import RECORD, Run, SettleTask, read_lost, run_file, settle, write_run
 from llmtrain.data.dedup.partition import num_partitions_for
 from llmtrain.data.dedup.standing import document_rows, read_standings, standings
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter, Table
@@ -79,7 +79,7 @@ def line_duplicates(
     num_runs = 0
     for unit, path, removal in zip(units, standing, removals, strict=True):
         runs = tuple(
-            _Run(num_runs + number, *run) for number, run in enumerate(_cut(unit, max_lines, max_rows))
+            Run(num_runs + number, *run) for number, run in enumerate(_cut(unit, max_lines, max_rows))
         )
         num_runs += len(runs)
         tasks.append(_UnitTask(unit, path, runs, work, num_partitions, removal))
@@ -98,39 +98,6 @@ def line_duplicates(
     return LineResult(removals=removals, **summary)
 
 
-class LineLosses(NamedTuple):
-    """Documents that lose lines, ascending."""
-
-    document: npt.NDArray[np.int64]
-    removed_bytes: npt.NDArray[np.int64]
-    """Of the lines alone."""
-    text_bytes: npt.NDArray[np.int64]
-    """Before."""
-
-    def are_dropped(self, cfg: LineConfig) -> npt.NDArray[np.bool_]:
-        """Those that lose more than `max_removed_share`: dropped as `mostly_duplicate_lines`."""
-        if cfg.max_removed_share is None:
-            return np.zeros(len(self.document), dtype=np.bool_)
-        dropped: npt.NDArray[np.bool_] = self.removed_bytes > cfg.max_removed_share * self.text_bytes
-        return dropped
-
-
-def line_losses(unit: DedupUnit, removal: Path, text_bytes: npt.NDArray[np.int64]) -> LineLosses:
-    """How much each document of a unit loses.
-
-    Args:
-        removal: the unit's, from `line_duplicates`.
-        text_bytes: of all documents of the unit.
-    """
-    assert len(text_bytes) == unit.num_documents, "one length for each document"
-    spans = open_array(removal, SPAN_DTYPE)
-    removed = np.zeros(unit.num_documents, dtype=np.int64)
-    for _, block in spans.stretches(0, spans.shape[0]):
-        np.add.at(removed, block["row"], block["end"] - block["start"])
-    rows = np.flatnonzero(removed)
-    return LineLosses(unit.first + rows, removed[rows], text_bytes[rows])
-
-
 def read_removals(removal: Path) -> Spans:
     """The spans of a unit, sorted: for `line_text.spans_of_rows` and `line_text.remove_spans`."""
     table = open_array(removal, SPAN_DTYPE)
@@ -138,21 +105,10 @@ def read_removals(removal: Path) -> Spans:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What a task takes at once of a unit: the lines start..end - 1, of documents first_row..end_row - 1."""
-
-    number: int
-    first_row: int
-    end_row: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class _UnitTask:
     unit: DedupUnit
     standing: Path
-    runs: tuple[_Run, ...]
+    runs: tuple[Run, ...]
     work: Path
     num_partitions: int
     removal: Path
@@ -198,7 +154,7 @@ def _cut(unit: DedupUnit, max_lines: int, max_rows: int) -> Iterator[tuple[int, 
         start = end
 
 
-def _read_run(task: _UnitTask, run: _Run) -> tuple[Lines, npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+def _read_run(task: _UnitTask, run: Run) -> tuple[Lines, npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
     """The lines of living documents of a run, with `row` counted from its first document; and the standing
     of each document, and whether it is of an earlier run."""
     lines = _line_table(task.unit).read(run.start, run.end)

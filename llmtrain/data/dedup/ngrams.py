@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from llmtrain.data.dedup.arrays import open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig, NgramConfig
-from llmtrain.data.dedup.owners import RECORD, SettleTask, read_lost, run_file, settle, write_run
+from llmtrain.data.dedup.owners import RECORD, Run, SettleTask, read_lost, run_file, settle, write_run
 from llmtrain.data.dedup.partition import num_partitions_for, stable_order
 from llmtrain.data.dedup.standing import document_rows, read_standings, standings
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter
@@ -178,7 +178,7 @@ def ngram_overlap(
     num_runs = 0
     for unit, path, overlap in zip(units, standing, overlaps, strict=True):
         runs = tuple(
-            _Run(num_runs + number, *run) for number, run in enumerate(_cut(unit, max_ngrams, max_rows))
+            Run(num_runs + number, *run) for number, run in enumerate(_cut(unit, max_ngrams, max_rows))
         )
         num_runs += len(runs)
         tasks.append(_UnitTask(unit, path, runs, work, num_partitions, overlap, cfg.ngrams.max_share))
@@ -204,21 +204,10 @@ def ngram_overlap(
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What a task takes at once of a unit: n-grams start..end - 1, of documents first_row..end_row - 1."""
-
-    number: int
-    first_row: int
-    end_row: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class _UnitTask:
     unit: DedupUnit
     standing: Path
-    runs: tuple[_Run, ...]
+    runs: tuple[Run, ...]
     work: Path
     num_partitions: int
     overlap: Path
@@ -254,7 +243,7 @@ def _cut(unit: DedupUnit, max_ngrams: int, max_rows: int) -> Iterator[tuple[int,
         )
 
 
-def _read_rows(task: _UnitTask, run: _Run) -> tuple[npt.NDArray[np.void], Hashes, Ints]:
+def _read_rows(task: _UnitTask, run: Run) -> tuple[npt.NDArray[np.void], Hashes, Ints]:
     """The documents of a run, their standing, and how many n-grams each has."""
     assert task.unit.ngrams is not None, "a run has n-grams"
     rows = open_array(task.unit.documents, DOCUMENT).read(run.first_row, run.end_row)

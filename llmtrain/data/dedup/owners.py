@@ -28,6 +28,18 @@ RECORD = record_type(OWNED)
 LOST = np.dtype([("num_lost", "<u4")])
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a task takes at once of a unit: lines or n-grams start..end - 1, those of documents
+    first_row..end_row - 1."""
+
+    number: int
+    first_row: int
+    end_row: int
+    start: int
+    end: int
+
+
 def write_run(path: Path, hashes: Hashes, standings: Standings, num_partitions: int) -> None:
     """Write the hashes of a run, ascending and all different, with the best standing that has each."""
     records = np.empty(len(hashes), dtype=RECORD)

@@ -10,7 +10,7 @@ import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -267,32 +267,6 @@ def signature_table(unit: DedupUnit, num_permutations: int) -> Table:
             f"dedup.near.num_permutations={num_permutations}; scan again"
         )
     return table
-
-
-def without(units: Sequence[DedupUnit], duplicates: Path, folder: Path) -> list[DedupUnit]:
-    """The units for the next stage: copies of their `documents` in `folder`, in which those that a stage
-    listed (an .npy of DUPLICATE) are not alive any more."""
-    listed = Table.open(duplicates, None)
-    waiting = (np.ascontiguousarray(block["document"]) for _, block in listed.stretches(0, listed.shape[0]))
-    held: Ints = np.empty(0, dtype=np.int64)
-    left: list[DedupUnit] = []
-    for unit in units:
-        path = folder / f"documents-{unit.number:06d}.npy"
-        with RowWriter(path, DOCUMENT) as writer:
-            table = Table.open(unit.documents, unit.num_documents)
-            for at, rows in table.stretches(0, unit.num_documents):
-                first, end = unit.first + at, unit.first + at + len(rows)
-                while len(held) == 0 or held[-1] < end:
-                    block = next(waiting, None)
-                    if block is None:
-                        break
-                    held = np.concatenate([held, block])
-                num_here = int(np.searchsorted(held, end))
-                rows["alive"][held[:num_here] - first] = False
-                held = held[num_here:]
-                writer.append(rows)
-        left.append(replace(unit, documents=path))
-    return left
 
 
 def best_first(rows: Records) -> Ints:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmtrain.data.dedup.config import LineConfig, LineUnit
 from llmtrain.data.dedup.line_text import LINE_DTYPE, line_hashes, remove_spans, spans_of_rows
-from llmtrain.data.dedup.lines import line_duplicates, line_losses, read_removals
+from llmtrain.data.dedup.lines import line_duplicates, read_removals
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, best_first
 from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.engines.engine import Inline, make_engine
@@ -135,15 +135,6 @@ def test_copies_go_from_texts_and_short_lines_stay(
         "}\nand more of it",
         "",
     ]
-    lengths = np.diff(offsets)
-    losses = line_losses(unit, result.removals[0], lengths)
-    assert losses.document.tolist() == [0, 3, 4]
-    assert losses.removed_bytes.tolist() == [27, 39, 48]
-    assert losses.text_bytes.tolist() == [len(texts[at]) for at in (0, 3, 4)]
-    assert losses.are_dropped(LineConfig(max_removed_share=0.7)).tolist() == [False, False, True]
-    assert losses.are_dropped(LineConfig(max_removed_share=48 / 49)).tolist() == [False, False, False]
-    assert losses.are_dropped(LineConfig(max_removed_share=0)).tolist() == [True, True, True]
-    assert losses.are_dropped(LineConfig(max_removed_share=None)).tolist() == [False, False, False]
     assert (result.num_lines, result.num_removed, result.removed_bytes) == (9, 4, 114)
 
 

@@ -14,7 +14,6 @@ from llmtrain.data.dedup.units import (
     gather_documents,
     gather_signatures,
     read_units,
-    without,
     write_units,
 )
 from llmtrain.errors import DataError
@@ -29,23 +28,6 @@ def test_rows_gathered_from_many_files_are_those_of_the_documents(tmp_path: Path
     chosen = np.sort(draw.choice(20_000, num_chosen, replace=False))
     assert (gather_documents(units, chosen) == rows[chosen]).all()
     assert (gather_signatures(units, chosen, 112) == signed[chosen]).all()
-
-
-@pytest.mark.parametrize("num_listed", [0, 1, 30_000, 60_000])
-def test_what_a_stage_listed_is_not_alive_for_the_next(tmp_path: Path, num_listed: int) -> None:
-    num = 60_000  # 2.8 MB of rows, 1.2 MB of list: several stretches of both
-    draw = np.random.default_rng(num_listed)
-    rows = rows_of(num, alive=draw.random(num) < 0.9, rank=draw.random(num))
-    units = write_tables(
-        tmp_path / "first", rows, np.zeros((num, 1), dtype=np.uint32), cuts=(0, 7, 7, 50_000)
-    )
-    listed = np.zeros(num_listed, dtype=DUPLICATE)
-    listed["document"] = np.sort(draw.choice(num, num_listed, replace=False))
-    np.save(tmp_path / "duplicates.npy", listed)
-    left = without(units, tmp_path / "duplicates.npy", tmp_path / "second")
-    rows["alive"][listed["document"]] = False
-    assert (gather_documents(left, np.arange(num)) == rows).all()
-    assert [unit.signatures for unit in left] == [unit.signatures for unit in units]
 
 
 def test_the_list_of_units_reads_back(tmp_path: Path) -> None:
