@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from near_corpus import split_fixed, text_of
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.config import DedupConfig, NearConfig
 from llmtrain.data.dedup.near import near_duplicates
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter
 from llmtrain.data.engines.engine import Inline
-from llmtrain.data.text.kernels import compiled
 
 BANDS, ROWS = 14, 2
 """Two rows are 64 bits, so chance makes no keys equal; all 14 bands are there at a quarter of the bytes."""

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmtrain.data.config import TokenizerConfig
-from llmtrain.data.text import kernels
+from llmtrain import compiled
 from llmtrain.data.tokenizer import words
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, MODEL_NAME, Tokenizer
 from llmtrain.data.tokenizer.train import train_tokenizer
@@ -189,12 +189,12 @@ def test_a_changed_model_is_told_from_its_fingerprint(tmp_path: Path, tokenizer_
 
 
 def test_kernels_compile_where_no_cache_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = kernels.numba.njit
+    real = compiled.numba.njit
 
     def no_cache(*args: Any, **options: Any) -> Any:
         if options.pop("cache", False):
             raise RuntimeError("cannot cache function: no locator available")
         return real(*args, **options)
 
-    monkeypatch.setattr(kernels.numba, "njit", no_cache)
-    assert kernels.compiled(lambda number: number + 1)(1) == 2
+    monkeypatch.setattr(compiled.numba, "njit", no_cache)
+    assert compiled.compiled(lambda number: number + 1)(1) == 2

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.content.config import DecontaminationConfig, EvaluationConfig
 from llmtrain.data.content.files import open_text
 from llmtrain.data.document import normalize, utf8
-from llmtrain.data.text.kernels import compiled
 from llmtrain.data.text.words import IS_WORD, Words, split_words
 from llmtrain.errors import DataError, unknown_name
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.text.kernels import compiled
+from llmtrain.compiled import compiled
 from llmtrain.errors import DataError
 from llmtrain.files import atomic_write
 

@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 from py3langid import langid
 
+from llmtrain.compiled import compiled
 from llmtrain.data.content import fasttext
 from llmtrain.data.content.config import LanguageConfig
 from llmtrain.data.content.sample import NUM_PIECES, spread
-from llmtrain.data.text.kernels import compiled
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.content.config import PII_KINDS, PiiConfig
-from llmtrain.data.text.kernels import compiled
 
 Bytes = npt.NDArray[np.uint8]
 Offsets = npt.NDArray[np.int64]

@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from llmtrain.compiled import compiled
 from llmtrain.data.content import fasttext
 from llmtrain.data.content.config import QualityConfig, TrainQualityConfig
 from llmtrain.data.content.files import open_text
 from llmtrain.data.content.sample import NUM_PIECES, spread
-from llmtrain.data.text.kernels import compiled
 from llmtrain.errors import ConfigError, DataError, unknown_name
 from llmtrain.files import plain, write_json
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.data.text.kernels import compiled
+from llmtrain.compiled import compiled
 
 NUM_PIECES = 8
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.config import NearConfig
 from llmtrain.data.dedup.minhash import num_equal
 from llmtrain.data.dedup.units import (
@@ -37,7 +38,6 @@ from llmtrain.data.dedup.units import (
 )
 from llmtrain.data.dedup.verify import EDGE, Splitter, decide
 from llmtrain.data.folder import write_done
-from llmtrain.data.text.kernels import compiled
 from llmtrain.errors import DataError
 
 Bits = npt.NDArray[np.uint64]

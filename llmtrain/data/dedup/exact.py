@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.arrays import Chunk, merge_by_document, open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig
 from llmtrain.data.dedup.partition import (
@@ -30,7 +31,6 @@ from llmtrain.data.dedup.standing import Piece, cut_into_pieces, document_rows, 
 from llmtrain.data.dedup.units import DOCUMENT, DUPLICATE, DedupUnit, RowWriter
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.folder import read_done, write_done
-from llmtrain.data.text.kernels import compiled
 
 Records = npt.NDArray[np.void]
 

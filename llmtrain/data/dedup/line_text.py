@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled, compiled_lean
 from llmtrain.data.dedup.config import LineConfig, LineUnit
-from llmtrain.data.text.kernels import compiled, compiled_lean
 from llmtrain.data.text.unicode_tables import tables
 from llmtrain.data.text.utf8 import HIGH, ONES, as_kernels_read
 from llmtrain.errors import DataError

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.arrays import open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig
 from llmtrain.data.dedup.line_text import LINE_DTYPE, SPAN_DTYPE, Lines, Spans
@@ -30,7 +31,6 @@ from llmtrain.data.dedup.standing import document_rows, read_standings, standing
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter, Table
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.folder import read_done, write_done
-from llmtrain.data.text.kernels import compiled
 from llmtrain.errors import DataError
 
 LINE_TASK_BYTES = 128

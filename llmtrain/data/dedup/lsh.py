@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.config import NearConfig
 from llmtrain.data.dedup.minhash import band_keys, is_empty
 from llmtrain.data.dedup.partition import (
@@ -43,7 +44,6 @@ from llmtrain.data.dedup.units import (
 )
 from llmtrain.data.dedup.verify import EDGE, EDGE_PARTITIONS, Bounds, unique_edges
 from llmtrain.data.folder import write_done
-from llmtrain.data.text.kernels import compiled
 from llmtrain.errors import DataError
 
 BAND = np.dtype([("document", "<i8")])

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.text.kernels import compiled
+from llmtrain.compiled import compiled
 
 VERSION = 1
 """Of the words' hash, the shingles' hash and the permutations together."""

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.arrays import open_array, remove_work
 from llmtrain.data.dedup.config import DedupConfig, NgramConfig
 from llmtrain.data.dedup.owners import RECORD, Run, SettleTask, read_lost, run_file, settle, write_run
@@ -32,7 +33,6 @@ from llmtrain.data.dedup.standing import document_rows, read_standings, standing
 from llmtrain.data.dedup.units import DOCUMENT, DedupUnit, RowWriter
 from llmtrain.data.engines.engine import Engine
 from llmtrain.data.folder import read_done, write_done
-from llmtrain.data.text.kernels import compiled
 from llmtrain.errors import DataError
 
 Hashes = npt.NDArray[np.uint64]

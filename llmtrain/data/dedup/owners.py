@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled
 from llmtrain.data.dedup.partition import PartitionFile, PartitionWriter, partition_bounds, record_type
 from llmtrain.data.folder import read_done, write_done
-from llmtrain.data.text.kernels import compiled
 
 Hashes = npt.NDArray[np.uint64]
 Standings = npt.NDArray[np.uint64]

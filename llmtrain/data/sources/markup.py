@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.text.kernels import compiled
+from llmtrain.compiled import compiled
 
 MAX_WORK = 50_000_000
 """Some two seconds. A page of a million tags under fifty levels stays below."""

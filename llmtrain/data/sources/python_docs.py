@@ -22,9 +22,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from llmtrain.compiled import compiled
 from llmtrain.data.document import utf8
 from llmtrain.data.sources.files import version_of_stat
-from llmtrain.data.text.kernels import compiled
 
 SUFFIXES = (".py", ".md", ".rst", ".txt")
 STDLIB_SOURCE = "python"

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.filters.config import EditsConfig
-from llmtrain.data.text.kernels import compiled_lean
 from llmtrain.data.text.sentences import (
     CLASS,
     IS_DECIMAL,

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numba.cpython.unsafe.numbers import trailing_zeros
 
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.text import unicode_tables as unicode
-from llmtrain.data.text.kernels import compiled_lean
 from llmtrain.data.text.utf8 import HIGH, LOW_7, ONES, code_point_at, entry_of, load
 
 _LINE_FEEDS = np.uint64(10) * ONES

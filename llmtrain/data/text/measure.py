@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.text import unicode_tables as unicode
-from llmtrain.data.text.kernels import compiled_lean
 from llmtrain.data.text.lines import (
     content_end,
     content_start,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmtrain.data.text.kernels import compiled_lean
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.text.lines import table_mask
 from llmtrain.data.text.utf8 import PRIME
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.text import unicode_tables
-from llmtrain.data.text.kernels import compiled_lean
 
 _S_TERM = (
     "21 3F 589 61D-61F 6D4 700-702 7F9 837 839 83D-83E 964-965 104A-104B 1362 1367-1368 166E 1735-1736 "

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.text import unicode_tables as unicode
-from llmtrain.data.text.kernels import compiled_lean
 
 Bytes = npt.NDArray[np.uint8]
 

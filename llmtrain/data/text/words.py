@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from numba.cpython.unsafe.numbers import trailing_zeros
 
+from llmtrain.compiled import compiled_lean
 from llmtrain.data.text import unicode_tables as unicode
-from llmtrain.data.text.kernels import compiled_lean
 from llmtrain.data.text.utf8 import (
     HIGH,
     LOW_7,

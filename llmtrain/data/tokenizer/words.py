@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmtrain.data.text.kernels import compiled
+from llmtrain.compiled import compiled
 from llmtrain.data.tokenizer.tokenizer import SPACE_MARK, Ids, Tokenizer
 
 MAX_STORE_BYTES = 64 << 20

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmtrain.data.text import edit, kernels
+from llmtrain import compiled
+from llmtrain.data.text import edit
 
 
 def test_machine_code_is_stamped_with_the_sources_of_what_it_calls() -> None:
-    stamp = kernels.source_stamp("llmtrain.data.text.edit")
+    stamp = compiled.source_stamp("llmtrain.data.text.edit")
     assert edit._edit._cache._cache_file._source_stamp == stamp
-    assert stamp != kernels.source_stamp("llmtrain.data.text.sentences")
+    assert stamp != compiled.source_stamp("llmtrain.data.text.sentences")
 
 
 def stamp_of(root: Path, **sources: str) -> bytes:
@@ -16,8 +17,8 @@ def stamp_of(root: Path, **sources: str) -> bytes:
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source)
-    kernels.source_stamp.cache_clear()
-    return kernels.source_stamp("llmtrain.data.text.outer", root)
+    compiled.source_stamp.cache_clear()
+    return compiled.source_stamp("llmtrain.data.text.outer", root)
 
 
 def test_the_stamp_changes_with_a_module_that_is_imported_in_any_way(tmp_path: Path) -> None:
