@@ -11,8 +11,8 @@ import sentencepiece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.config import TokenizerConfig
 from llmtrain import compiled
+from llmtrain.data.config import TokenizerConfig
 from llmtrain.data.tokenizer import words
 from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, MODEL_NAME, Tokenizer
 from llmtrain.data.tokenizer.train import train_tokenizer
