@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain import rng
+from llmtrain.compiled import compiled_lean
 from llmtrain.errors import DataError
 
 MAX_ROWS = 2**48
@@ -59,24 +60,43 @@ def rows_at(
 def permute(indexes: Uint64, *, num_rows: int, key: int) -> Uint64:
     """Map indexes below `num_rows` one to one onto 0 .. num_rows - 1, by the 64-bit `key`."""
     num_bits = max(MIN_BITS, (num_rows - 1).bit_length())
-    round_keys = [_mix_int((key + (number + 1) * _GOLDEN) & _MASK_64) for number in range(NUM_ROUNDS)]
-    rows = _feistel(indexes, num_bits, round_keys)
-    outside = np.flatnonzero(rows >= num_rows)
-    while outside.size:
-        rows[outside] = _feistel(rows[outside], num_bits, round_keys)
-        outside = outside[rows[outside] >= num_rows]
-    return rows
+    round_keys = rng.mix(
+        np.array(
+            [(key + number * _GOLDEN) & _MASK_64 for number in range(1, NUM_ROUNDS + 1)], dtype=np.uint64
+        )
+    )
+    flat = np.array(indexes, dtype=np.uint64).reshape(-1)  # writable and contiguous: kernels meet one type
+    _walk(flat, np.uint64(num_rows), num_bits, round_keys)
+    return flat.reshape(np.shape(indexes))
 
 
-def _feistel(values: Uint64, num_bits: int, round_keys: list[int]) -> Uint64:
-    """A bijection of the numbers of `num_bits` bits. Halves of unequal width swap their widths each round."""
-    left_bits, right_bits = num_bits // 2, num_bits - num_bits // 2
-    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-    for round_key in round_keys:
-        left, right = right, left ^ (rng.mix(right + np.uint64(round_key)) & np.uint64((1 << left_bits) - 1))
-        left_bits, right_bits = right_bits, left_bits
-    return (left << np.uint64(right_bits)) | right
+@compiled_lean
+def _walk(values: Any, num_rows: Any, num_bits: int, round_keys: Any) -> None:
+    """Replace each value by its image below `num_rows`.
+
+    A round takes (left, right) to (right, left ^ f(right)), so halves of unequal width swap their widths;
+    after an even number of rounds they are as they were.
+    """
+    low_bits = np.uint64(num_bits - num_bits // 2)
+    high_bits = np.uint64(num_bits // 2)
+    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
+    high_mask = (np.uint64(1) << high_bits) - np.uint64(1)
+    for at in range(len(values)):
+        value = values[at]
+        while True:
+            left, right = value >> low_bits, value & low_mask
+            for number in range(0, len(round_keys), 2):
+                left ^= _mix(right + round_keys[number]) & high_mask
+                right ^= _mix(left + round_keys[number + 1]) & low_mask
+            value = (left << low_bits) | right
+            if value < num_rows:
+                break
+        values[at] = value
 
 
-def _mix_int(value: int) -> int:
-    return int(rng.mix(np.array([value], dtype=np.uint64))[0])
+@compiled_lean
+def _mix(value: Any) -> Any:
+    """rng.mix of one number."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

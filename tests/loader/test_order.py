@@ -125,3 +125,99 @@ def test_impossible_sizes_are_refused(num_rows: int) -> None:
         DataError, match=rf"num_rows={num_rows} cannot be put in order; it must have 1 to 2\^48"
     ):
         row_at(0, num_rows=num_rows, seed=0, pack_hash=HASH)
+
+
+def reference(index: int, *, num_rows: int, key: int) -> int:
+    """The same network in Python's integers, from its description alone."""
+
+    def mix(value: int) -> int:
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            value = ((value ^ (value >> shift)) * factor) % 2**64
+        return value ^ (value >> 31)
+
+    bits = max(6, (num_rows - 1).bit_length())
+    keys = [mix((key + number * 0x9E3779B97F4A7C15) % 2**64) for number in range(1, 9)]
+    while True:
+        widths = [bits // 2, bits - bits // 2]
+        left, right = divmod(index, 2 ** widths[1])
+        for round_key in keys:
+            left, right = right, left ^ (mix((right + round_key) % 2**64) % 2 ** widths[0])
+            widths.reverse()
+        index = left * 2 ** widths[1] + right
+        if index < num_rows:
+            return index
+
+
+@pytest.mark.parametrize(
+    "num_rows", [1, 2, 63, 64, 65, 127, 1000, 2**31 + 1, 2**32, 2**47 + 3, 2**48 - 1, 2**48]
+)
+def test_rows_are_those_of_the_network_in_exact_integers(num_rows: int) -> None:
+    drawn = np.random.default_rng(num_rows % 2**32)
+    indexes = drawn.integers(0, num_rows, 20)
+    key = rng.key(num_rows)
+    found = permute(indexes.astype(np.uint64), num_rows=num_rows, key=key).tolist()
+    assert found == [reference(at, num_rows=num_rows, key=key) for at in indexes.tolist()]
+
+
+def test_sizes_around_powers_of_two_are_bijections() -> None:
+    for size in (2**k + d for k in range(11, 18) for d in (-1, 0, 1)):
+        rows = permute(np.arange(size, dtype=np.uint64), num_rows=size, key=rng.key(size))
+        assert np.array_equal(np.sort(rows), np.arange(size)), size
+
+
+NUM_ROWS, NUM_ORDERS = 997, 400
+
+
+def statistics_of(orders: np.ndarray) -> dict[str, float]:
+    """How far a set of orders [orders, rows] is from random, in standard deviations, by several measures."""
+
+    def deviations(counts: np.ndarray) -> float:
+        expected = counts.sum() / counts.size
+        freedom = counts.size - 1
+        return float((((counts - expected) ** 2).sum() / expected - freedom) / math.sqrt(2 * freedom))
+
+    num_orders, num_rows = orders.shape
+    cells = (orders * 16) // num_rows
+    pairs = cells[:, :-1] * 16 + cells[:, 1:]  # the serial test: cells of neighbours
+    apart = cells[:, :-8] * 16 + cells[:, 8:]
+    across = cells[:-1] * 16 + cells[1:]  # the same place in the next order
+    places = np.zeros((16, 16))
+    np.add.at(places, ((np.arange(num_rows) * 16 // num_rows)[None, :].repeat(num_orders, 0), cells), 1)
+    half = num_rows // 2
+    inversions = (orders[:, :half] > orders[:, half : 2 * half]).sum()
+    fixed = (orders == np.arange(num_rows)).sum()
+    return {
+        "place": deviations(places),
+        "neighbours": deviations(np.bincount(pairs.ravel(), minlength=256)),
+        "eight apart": deviations(np.bincount(apart.ravel(), minlength=256)),
+        "next order": deviations(np.bincount(across.ravel(), minlength=256)),
+        "inversions": (inversions - num_orders * half / 2) / math.sqrt(num_orders * half / 4),
+        "fixed points": (fixed - num_orders) / math.sqrt(num_orders),
+    }
+
+
+@pytest.mark.parametrize("kind", ["keys", "epochs"])
+def test_orders_are_as_random_as_numpys_permutations(kind: str) -> None:
+    """The same measures of as many permutations of numpy's: both lie within the same bound."""
+    at = np.arange(NUM_ROWS)
+    ours = np.stack(
+        [
+            rows_at(at, num_rows=NUM_ROWS, seed=number, pack_hash=HASH)
+            if kind == "keys"
+            else rows_at(number * NUM_ROWS + at, num_rows=NUM_ROWS, seed=5, pack_hash=HASH)
+            for number in range(NUM_ORDERS)
+        ]
+    )
+    drawn = np.random.default_rng(3)
+    numpys = np.stack([drawn.permutation(NUM_ROWS) for _ in range(NUM_ORDERS)])
+    for name, value in statistics_of(numpys).items():
+        assert abs(value) < 4.5, ("numpy", name, value)
+    for name, value in statistics_of(ours).items():
+        assert abs(value) < 4.5, (name, value)
+
+
+def test_the_measures_of_randomness_see_a_weak_order() -> None:
+    """Rows shifted by a random amount: every row in every place, and no shuffle at all."""
+    drawn = np.random.default_rng(4)
+    shifted = (np.arange(NUM_ROWS) + drawn.integers(0, NUM_ROWS, (NUM_ORDERS, 1))) % NUM_ROWS
+    assert statistics_of(shifted)["neighbours"] > 100
