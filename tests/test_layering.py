@@ -17,7 +17,7 @@ BASE = {"errors", "units", "log", "files", "rng", "progress", "compiled"}
 
 MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted prefixes below llmtrain
     "data": {"data"},
-    "loader": {"loader", "data.shards", "data.manifest", "data.pack"},
+    "loader": {"loader", "data.config", "data.shards", "data.manifest", "data.pack"},
     "model": {"model"},
     "parallel": {"parallel"},
     "planner": {

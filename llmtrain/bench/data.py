@@ -23,8 +23,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
@@ -46,8 +44,7 @@ from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.sources.read import plan_units, read_unit
 from llmtrain.data.text.words import split_words
 from llmtrain.data.tokenize import ENCODERS
-from llmtrain.data.tokenizer.tokenizer import FACTS_NAME, Tokenizer
-from llmtrain.data.tokenizer.words import WordEncoder
+from llmtrain.data.tokenizer.tokenizer import FACTS_NAME
 from llmtrain.files import read_json
 
 log = logging.getLogger(__name__)
@@ -98,7 +95,6 @@ def run(config: BenchConfig) -> list[Row]:
         if config.option("rival", True):
             rows += _rival_rows(texts, rows, folder, config)
         from_jsonl = _prepare(jsonl, folder / "jsonl")
-        tokenizer = Tokenizer.load(folder / "docs" / _manifest(from_docs).tokenizer.path)
         packed = folder / "texts.jsonl.gz"
         packed.write_bytes(gzip.compress(plain.read_bytes(), compresslevel=6))
         return [
@@ -108,7 +104,6 @@ def run(config: BenchConfig) -> list[Row]:
             *_passes(from_docs, "python_docs"),
             *_passes(from_jsonl, "jsonl"),
             _gzip_row(packed, plain.stat().st_size),
-            _encode_row(tokenizer, texts),
         ]
 
 
@@ -478,19 +473,4 @@ def _gzip_row(packed: Path, num_bytes: int) -> Row:
         value=num_bytes / 1e6 / ours,
         unit=UNIT,
         limit=num_bytes / 1e6 / bare,
-    )
-
-
-def _encode_row(tokenizer: Tokenizer, texts: list[bytes]) -> Row:
-    num_bytes = sum(map(len, texts))
-    decoded = [text.decode() for text in texts]
-    offsets: npt.NDArray[np.int64] = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
-    together = np.frombuffer(b"".join(texts), dtype=np.uint8)
-    ours = _seconds(lambda: WordEncoder(tokenizer).encode(together, offsets))
-    theirs = _seconds(lambda: tokenizer.processor.encode(decoded, num_threads=1))
-    return Row(
-        name="encode, equal ids; rival: SentencePiece, one thread",
-        value=num_bytes / 1e6 / ours,
-        unit=UNIT,
-        rival=num_bytes / 1e6 / theirs,
     )

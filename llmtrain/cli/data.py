@@ -73,7 +73,11 @@ def _shard_lines(manifest: Manifest) -> list[str]:
         shards = manifest.split_shards(split)
         num_tokens, text_bytes = sum(s.num_tokens for s in shards), sum(s.text_bytes for s in shards)
         rows = ", ".join(
-            f"{pack.num_rows:,} rows of {pack.seq_len}" for pack in manifest.packs if pack.split == split
+            f"{pack.num_rows:,} rows of {pack.seq_len} by {pack.strategy.replace('_', ' ')} "
+            f"({pack.num_padding / (pack.num_rows * pack.seq_len or 1):.2%} padding, "
+            f"{pack.num_cut_documents:,} documents cut)"
+            for pack in manifest.packs
+            if pack.split == split
         )
         lines.append(
             f"{split:<9} {format_count(num_tokens)} tokens = {format_bytes(text_bytes)} of text at "

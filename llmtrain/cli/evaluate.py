@@ -23,6 +23,7 @@ from rich.table import Table
 
 from llmtrain.cli.compose import run_verb
 from llmtrain.cli.restore import Precision, load_transformer
+from llmtrain.data.config import Packing
 from llmtrain.data.manifest import verify
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import write_json
@@ -70,7 +71,9 @@ def evaluate(cfg: EvaluateRoot) -> None:
         precision=cfg.precision,
     )
     verify(loaded.data_folder, loaded.manifest, content=True)
-    rows = Rows(loaded.data_folder, loaded.manifest, "held_out", loaded.state["config"]["data"]["seq_len"])
+    data = loaded.state["config"]["data"]
+    packing = Packing[data["packing"]]
+    rows = Rows(loaded.data_folder, loaded.manifest, "held_out", data["seq_len"], packing)
     device = loaded.model.embedding.weight.device
     begin = time.perf_counter()
     batches = held_out_batches(rows, micro_batch_rows=cfg.micro_batch_rows, dp_rank=0, dp_size=1)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.files import read_json
@@ -64,7 +65,7 @@ def load_transformer(
     reader, run_folder = _open_checkpoint(path)
     folder = _find_data(reader, run_folder) if data_folder is None else data_folder
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / manifest.tokenizer.path)
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.path)
     expected = reader.state["tokenizer_fingerprint"]
     if tokenizer.fingerprint != expected:
         raise DataError(

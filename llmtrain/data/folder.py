@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llmtrain.data.manifest import MANIFEST_NAME
+from llmtrain.data.manifest import MANIFEST_NAME, TABLE_PREFIX
 from llmtrain.files import LOCK_FILE, atomic_write, hash_json, read_json
 
 PARTS = (
@@ -56,7 +56,7 @@ def is_output(out: Path, path: Path) -> bool:
         inside = path.resolve().relative_to(out.resolve())
     except ValueError:
         return False
-    return inside.parts[0] in (*PARTS, *LISTINGS, LOCK_FILE)
+    return inside.parts[0] in (*PARTS, *LISTINGS, LOCK_FILE) or inside.parts[0].startswith(TABLE_PREFIX)
 
 
 def remove_leftovers(out: Path) -> None:

@@ -19,14 +19,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zstandard
 
-from llmtrain.data.config import DataConfig, StopAfter
+from llmtrain.data.config import DataConfig, PackConfig, Packing, StopAfter
 from llmtrain.data.content.config import ContentConfig, check_codes
 from llmtrain.data.decide import check_previous, decide
 from llmtrain.data.dedup.config import Survivor
@@ -43,11 +43,12 @@ from llmtrain.data.manifest import (
     PackEntry,
     ShardEntry,
     TokenizerEntry,
+    shard_files,
     write_manifest,
 )
-from llmtrain.data.pack import plan_rows, write_pack
+from llmtrain.data.pack import write_plan
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
-from llmtrain.data.shards import ShardReader, token_dtype
+from llmtrain.data.shards import ShardIndex, token_dtype
 from llmtrain.data.signals import SignalsConfig, available, tools_for, warm_up
 from llmtrain.data.sources import markup, python_docs
 from llmtrain.data.sources.config import CorpusConfig, Format
@@ -55,7 +56,7 @@ from llmtrain.data.sources.read import plan_units
 from llmtrain.data.sources.slices import Plan, Unit, file_digests
 from llmtrain.data.tokenize import TOKENIZE_VERSION, TokenizeTask, tokenize_shard
 from llmtrain.data.tokenizer import words
-from llmtrain.data.tokenizer.tokenizer import Tokenizer
+from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.verdicts import SPLITS, Scanned, Verdicts, cut_at
 from llmtrain.data.vocabulary import choose_tokenizer
 from llmtrain.errors import ConfigError, DataError, LaunchError
@@ -78,6 +79,8 @@ TEXT_OF_SOURCE = 0.22
 """First guess at text bytes a source byte of Python, measured on the packages of this project's
 environment."""
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES, NUM_SHARDS_AIM = 8 << 20, 1 << 30, 64
+PACK_VERSION = 2
+"""Part of the folder's key: raise it when the same shards would give another plan."""
 DOCUMENTS_NAME = "documents.json"
 INPUT_NAME = "input.json"
 
@@ -94,6 +97,8 @@ class Report:
     """Parquet files of kept documents, where the run ended with them."""
     tokens: dict[str, int] = field(default_factory=dict)
     """By source, of all splits."""
+    fertility: list[dict[str, Any]] = field(default_factory=list)
+    """Documents, bytes, tokens and fallback tokens by source and language, of all splits."""
     peak_worker_bytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time by pass."""
@@ -145,7 +150,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
                 packs = _pack(cfg, out, tokenized)
             report.manifest = _manifest(cfg, decided, tokenizer, tokenized, packs)
             report.funnel = report.manifest.funnel
-            report.tokens = tokenized.tokens
+            report.tokens, report.fertility = tokenized.tokens, tokenized.fertility
             write_manifest(out, report.manifest)
         report.peak_worker_bytes = engine.peak_worker_bytes()
         report.seconds = {name: wall for name, (wall, _) in times.items()}
@@ -193,7 +198,7 @@ def check(cfg: DataConfig) -> None:
         )
     check_previous(cfg.dedup)
     if cfg.stop_after is StopAfter.pack and cfg.tokenizer.path is not None:
-        Tokenizer.load(Path(cfg.tokenizer.path))
+        load_tokenizer(Path(cfg.tokenizer.path), eos_id=cfg.tokenizer.given_eos_id)
 
 
 def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
@@ -211,6 +216,8 @@ def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
     if bad := {name: drop for name, drop in report.funnel[0]["dropped"].items() if name in reasons}:
         facts["quarantine"] = bad
     put_totals(facts.get("sources", []), "tokens", report.tokens)
+    if report.fertility:
+        facts["fertility"] = report.fertility
     write_facts(report.out, facts)
 
 
@@ -375,8 +382,16 @@ class Tokenized:
     held_out_text: str
     num_checked: int
     num_differing: int
-    tokens: dict[str, int]
-    """By source."""
+    fertility: list[dict[str, Any]]
+    """Documents, bytes, tokens and fallback tokens by source and language."""
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """By source."""
+        total: Counter[str] = Counter()
+        for row in self.fertility:
+            total[row["source"]] += row["num_tokens"]
+        return dict(sorted(total.items()))
 
 
 def _tokenize(
@@ -386,7 +401,7 @@ def _tokenize(
     total = sum(decided["text_bytes"].values())
     key = key_of(
         version=TOKENIZE_VERSION, documents=decided["documents_digest"], tokenizer=tokenizer.fingerprint,
-        shards=asdict(cfg.shards),
+        shards=asdict(cfg.shards), language=plain(cfg.content.language),
     )  # fmt: skip
     folder = f"shards/{key}"
     shard_bytes = cfg.shards.text_bytes or min(
@@ -420,15 +435,18 @@ def _tokenize(
         held_out_text=held_out_text,
         num_checked=sum(summary["checked"] for summary in summaries),
         num_differing=sum(summary["differing"] for summary in summaries),
-        tokens=_sum_by_name(summary["tokens"] for summary in summaries),
+        fertility=_sum_fertility(summary["fertility"] for summary in summaries),
     )
 
 
-def _sum_by_name(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for each in counts:
-        total.update(each)
-    return dict(sorted(total.items()))
+def _sum_fertility(shards: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Sums of all shards by source and language."""
+    total: dict[tuple[str, str | None], Counter[str]] = {}
+    for row in chain.from_iterable(shards):
+        counts = {name: value for name, value in row.items() if name not in ("source", "language")}
+        total.setdefault((row["source"], row["language"]), Counter()).update(counts)
+    order = sorted(total, key=lambda key: (key[0], key[1] or ""))
+    return [{"source": source, "language": language, **total[source, language]} for source, language in order]
 
 
 def _write_held_out_text(verdicts: Verdicts, path: Path, num_documents: int) -> None:
@@ -448,27 +466,39 @@ def _write_held_out_text(verdicts: Verdicts, path: Path, num_documents: int) -> 
 
 
 def _pack(cfg: DataConfig, out: Path, tokenized: Tokenized) -> list[PackEntry]:
-    key = key_of(shards=[[shard.sha256, shard.idx_sha256] for shard in tokenized.shards])
+    content = [[shard.sha256, shard.idx_sha256] for shard in tokenized.shards]
     entries = []
     for seq_len in sorted(cfg.pack.seq_lens):
-        folder = f"packs/{key}/seq{seq_len}"
-        done = out / folder / "packs.json"
-        finished = read_done(done)
-        if finished is None:
-            finished = {"packs": []}
-            for split in SPLITS:
-                shards = [shard for shard in tokenized.shards if shard.split == split]
-                num_tokens = sum(shard.num_tokens for shard in shards)
-                if split == "train" and num_tokens < seq_len:
-                    raise DataError(
-                        f"the training split holds {num_tokens:,} tokens, less than one row of "
-                        f"pack.seq_lens={seq_len}; give more text, or lower pack.seq_lens"
-                    )
-                pack = plan_rows([ShardReader(out / shard.path).doc_lengths for shard in shards], seq_len)
-                finished["packs"].append(asdict(write_pack(out, folder, split, seq_len, pack)))
-            write_done(done, finished, sorted((out / folder).glob("*.npy")))
-        entries += [PackEntry(**entry) for entry in finished["packs"]]
+        for strategy in cfg.pack.strategies:
+            window = cfg.pack.window_documents if strategy is Packing.best_fit else None
+            key = key_of(version=PACK_VERSION, shards=content, window_documents=window)
+            folder = f"packs/{key}/seq{seq_len}-{strategy.name}"
+            done = out / folder / "packs.json"
+            finished = read_done(done)
+            if finished is None:
+                packs = [
+                    _plan(cfg.pack, out, folder, tokenized.shards, split, seq_len, strategy)
+                    for split in SPLITS
+                ]
+                finished = {"packs": [asdict(pack) for pack in packs]}
+                write_done(done, finished, sorted((out / folder).glob("*.npy")))
+            entries += [PackEntry(**entry) for entry in finished["packs"]]
     return entries
+
+
+def _plan(
+    cfg: PackConfig, out: Path, folder: str, shards: list[ShardEntry], split: str, seq_len: int,
+    strategy: Packing,
+) -> PackEntry:  # fmt: skip
+    own = [shard for shard in shards if shard.split == split]
+    num_tokens = sum(shard.num_tokens for shard in own)
+    if split == "train" and num_tokens < seq_len:
+        raise DataError(
+            f"the training split holds {num_tokens:,} tokens, less than one row of "
+            f"pack.seq_lens={seq_len}; give more text, or lower pack.seq_lens"
+        )
+    lengths = (ShardIndex(shard_files(out / shard.path)[1]).doc_lengths for shard in own)
+    return write_plan(out, folder, split, seq_len, strategy, lengths, window_documents=cfg.window_documents)
 
 
 def _manifest(
@@ -519,7 +549,7 @@ def _pack_funnel(pack: PackEntry, shards: list[ShardEntry]) -> dict[str, Any]:
     own = [shard for shard in shards if shard.split == pack.split]
     num_tokens, num_documents = sum(s.num_tokens for s in own), sum(s.num_documents for s in own)
     return {
-        "pass": f"pack {pack.split} seq_len={pack.seq_len}",
+        "pass": f"pack {pack.split} seq_len={pack.seq_len} {pack.strategy}",
         "in": {"tokens": num_tokens},
         "kept": {"tokens": pack.num_target_tokens},
         "dropped": {"first_of_document": {"tokens": num_documents}},

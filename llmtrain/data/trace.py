@@ -8,7 +8,7 @@ lengths of the pieces before it which bytes of the text it stands for. Nothing b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from llmtrain.data.config import Packing
 from llmtrain.data.manifest import Manifest, ShardEntry, read_manifest
-from llmtrain.data.pack import open_pack
+from llmtrain.data.pack import open_plan
 from llmtrain.data.shards import ShardReader
-from llmtrain.data.tokenizer.tokenizer import SPACE_MARK, Tokenizer
+from llmtrain.data.tokenizer.load import load_tokenizer
+from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import ConfigError, DataError, unknown_name
 
 CONTEXT_BYTES = 80
@@ -53,6 +55,8 @@ class TraceConfig:
     """Row of the pack, from 0. The loader's shuffle is not applied: this is the row's place in the pack."""
     seq_len: int | None = None
     """The pack's row length; null: that of the only pack."""
+    packing: Packing = Packing.concat
+    """How the pack's documents became rows."""
     format: OutputFormat = OutputFormat.text
 
     def __post_init__(self) -> None:
@@ -115,36 +119,18 @@ def trace(cfg: TraceConfig) -> list[Traced]:
     """
     folder = Path(cfg.folder)
     manifest = read_manifest(folder)
-    tokenizer = Tokenizer.load(folder / manifest.tokenizer.path)
-    piece_bytes = bytes_of_pieces(tokenizer)
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.path)
     found: list[Traced] = []
     shards: dict[str, _Shard] = {}
     for entry, start, length in _runs(cfg, folder, manifest):
         if entry.path not in shards:
             shards[entry.path] = _Shard(folder, entry)
-        found += shards[entry.path].traced(start, length, piece_bytes)
+        found += shards[entry.path].traced(start, length, tokenizer)
     return found
 
 
 def as_json(found: list[Traced]) -> list[dict[str, Any]]:
     return [asdict(run) for run in found]
-
-
-def bytes_of_pieces(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes of text that each id stands for; none for control pieces such as EOS."""
-    processor = tokenizer.processor
-    pieces = []
-    byte_of = {id_: byte for byte, id_ in enumerate(tokenizer.byte_ids)}
-    for id_ in range(tokenizer.vocab_size):
-        if id_ in byte_of:
-            pieces.append(bytes([byte_of[id_]]))
-        elif processor.is_control(id_):
-            pieces.append(b"")
-        elif processor.is_unknown(id_):
-            pieces.append(tokenizer.decode([id_]).encode())
-        else:
-            pieces.append(processor.id_to_piece(id_).replace(SPACE_MARK, " ").encode())
-    return pieces
 
 
 def shard_named(manifest: Manifest, name: str, split: str) -> ShardEntry:
@@ -178,7 +164,7 @@ def _runs(cfg: TraceConfig, folder: Path, manifest: Manifest) -> Iterator[tuple[
 
 
 def _runs_over(
-    shards: list[ShardEntry], cfg: TraceConfig, what: str
+    shards: Sequence[ShardEntry], cfg: TraceConfig, what: str
 ) -> Iterator[tuple[ShardEntry, int, int]]:
     assert cfg.token is not None, "checked by TraceConfig"
     begin, num_tokens = cfg.token, sum(shard.num_tokens for shard in shards)
@@ -197,26 +183,24 @@ def _runs_of_row(cfg: TraceConfig, folder: Path, manifest: Manifest) -> Iterator
     lengths = sorted({pack.seq_len for pack in manifest.packs if pack.split == cfg.split})
     if cfg.seq_len is None and len(lengths) > 1:
         raise ConfigError(f"split {cfg.split} has packs of seq_len {lengths}; give seq_len= one of them")
-    entry = manifest.pack(cfg.split, cfg.seq_len or (lengths[0] if lengths else 0))
-    pack = open_pack(folder, entry)
-    if cfg.row >= pack.num_rows:
+    entry = manifest.pack(cfg.split, cfg.seq_len or (lengths[0] if lengths else 0), cfg.packing.name)
+    if cfg.row >= entry.num_rows:
         raise DataError(
             f"row={cfg.row:,} is past the end: the pack of split {cfg.split} with seq_len={entry.seq_len} "
-            f"has {pack.num_rows:,} rows, counted from 0"
+            f"has {entry.num_rows:,} rows, counted from 0"
         )
-    spans = pack.spans[int(pack.rows[cfg.row]) : int(pack.rows[cfg.row + 1])]
-    num_tokens = int(spans["length"].sum())
+    spans, _ = open_plan(folder, manifest, entry).spans(np.array([cfg.row]))
+    num_tokens = int(spans[2].sum())
     if cfg.token is not None and cfg.token >= num_tokens:
         raise DataError(
             f"token={cfg.token:,} is past the end: row {cfg.row:,} has {num_tokens:,} tokens, counted from 0"
         )
     begin, end = (0, num_tokens) if cfg.token is None else (cfg.token, cfg.token + cfg.length)
     shards, before = manifest.split_shards(cfg.split), 0
-    for span in spans:
-        length = int(span["length"])
+    for number, start, length, _ in spans.T.tolist():
         first, last = max(begin - before, 0), min(end - before, length)
         if first < last:
-            yield shards[int(span["shard"])], int(span["start"]) + first, last - first
+            yield shards[number], start + first, last - first
         before += length
 
 
@@ -231,7 +215,7 @@ class _Shard:
             raise DataError(f"{lineage} is missing; run `llmtrain data` again, or restore the file")
         self._documents = pq.read_table(lineage, columns=["id", "source", "path", "record", "text_bytes"])
 
-    def traced(self, start: int, length: int, piece_bytes: list[bytes]) -> Iterator[Traced]:
+    def traced(self, start: int, length: int, tokenizer: Tokenizer) -> Iterator[Traced]:
         """Cut a run of tokens where documents end, and place each part in its document's text."""
         end = start + length
         while start < end:
@@ -239,7 +223,7 @@ class _Shard:
             first = self.reader.document_start(number)
             tokens = self.reader.document(number)
             last = min(end, first + len(tokens))
-            pieces = [piece_bytes[id_] for id_ in tokens.tolist()]
+            pieces = tokenizer.pieces(tokens)
             text = b"".join(pieces)
             ends = np.cumsum([len(piece) for piece in pieces])
             byte_start = int(ends[start - first - 1]) if start > first else 0

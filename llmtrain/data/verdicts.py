@@ -280,6 +280,20 @@ class Verdicts:
         file."""
         return documents_of(rows, self.out, self.scan_key, self.folder / "cuts" if self.has_cuts else None)
 
+    def languages(self, rows: pa.Table) -> pa.Array:
+        """What the scan found these documents to be written in; nulls where it did not look."""
+        unit_numbers, unit_rows = (rows.column(name).to_numpy() for name in ("unit", "row"))
+        starts = np.flatnonzero(np.diff(unit_numbers, prepend=-1))
+        found = []
+        for start, stop in itertools.pairwise([*starts.tolist(), len(unit_numbers)]):
+            files = unit_files(self.out, self.scan_key, int(unit_numbers[start]))
+            with pa.memory_map(str(files.signals)) as handle:
+                table = pa.ipc.open_file(handle).read_all()
+                if "language" not in table.column_names:
+                    return pa.nulls(len(unit_rows), pa.string())
+                found += flat(table, "language").take(pa.array(unit_rows[start:stop])).to_pylist()
+        return pa.array(found, pa.string())
+
     def runs(self, name: str, run_bytes: int) -> list[tuple[int, int]]:
         """Rows first..last - 1 of each run of documents, cut where their text passes a multiple of
         `run_bytes`: a function of the documents alone."""

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
+from llmtrain.data.config import Packing
 from llmtrain.errors import ConfigError
+
+
+class Verify(Enum):
+    """When the bytes of shards are compared with their checksums. Sizes are looked at always."""
+
+    none = "none"
+    start = "start"
+    """All of them before the first step, each rank a share of them."""
+    open = "open"
+    """A shard when a rank first opens it."""
+    touch = "touch"
+    """Each MiB when it is first read: a start costs nothing, and damage stops the run at the row that needs
+    it."""
 
 
 @dataclass(kw_only=True)
@@ -18,9 +33,10 @@ class LoaderConfig:
     max_epochs: float = 4.0
     """Most often a row may be seen; a run that needs more is refused. Up to 4 repeats cost almost nothing
     (Muennighoff et al. 2023, arXiv:2305.16264, section 6)."""
-    verify_shards: bool = True
-    """Whether rank 0 compares every shard's bytes with the manifest's hash before the first step (about 1
-    GB/s)."""
+    packing: Packing = Packing.concat
+    """How documents became rows: a pack of this strategy must be there."""
+    verify: Verify = Verify.start
+    """When shards are compared with their checksums."""
 
     def __post_init__(self) -> None:
         if self.seq_len < 2:

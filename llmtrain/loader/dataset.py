@@ -1,7 +1,7 @@
 """Rows of a pack as arrays: tokens, targets, positions, segments.
 
-Opening reads the manifest's entries and maps the pack; a shard's file is opened when one of its rows is
-read, and at most `MAX_OPEN_SHARDS` stay open. Shards are read with `pread`, not mapped: a file cut short
+Opening reads the manifest's table and the pack's entry; a shard's files are opened when one of its rows is
+read, and at most `MAX_OPEN_SHARDS` stay open. Tokens are read with `pread`, not mapped: a file cut short
 under a running job is then an error with a path, where a map would end the process by SIGBUS.
 """
 
@@ -17,12 +17,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
-from llmtrain.data.manifest import Manifest, shard_files
-from llmtrain.data.pack import open_pack
-from llmtrain.data.shards import Lineage, ShardReader
+from llmtrain.compiled import compiled_lean
+from llmtrain.data.config import Packing
+from llmtrain.data.manifest import SUM_BLOCK_BYTES, Manifest, damaged_block, shard_files, xxh3_of_file
+from llmtrain.data.pack import open_plan
+from llmtrain.data.shards import Lineage, ShardReader, sums_file
 from llmtrain.errors import DataError
 from llmtrain.files import hash_json
+from llmtrain.loader.config import Verify
 
 NO_TARGET = -100
 """Target of a position that counts for nothing: the end of a document, and padding."""
@@ -47,10 +51,20 @@ class Row:
 
 
 class Rows:
-    """The rows of one split, packed at one length."""
+    """The rows of one split, packed at one length by one strategy."""
 
-    def __init__(self, folder: Path, manifest: Manifest, split: str, seq_len: int) -> None:
-        entry = manifest.pack(split, seq_len)
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: str,
+        seq_len: int,
+        packing: Packing = Packing.concat,
+        *,
+        verify: Verify = Verify.none,
+    ) -> None:
+        """`verify`: `open` hashes a shard when it is first needed, `touch` each of its blocks."""
+        entry = manifest.pack(split, seq_len, packing.name)
         if entry.num_rows < 1:
             raise DataError(
                 f"the pack of split {split!r} with seq_len={seq_len} in {folder} has no row; "
@@ -62,26 +76,24 @@ class Rows:
         self.num_rows = entry.num_rows
         self.num_target_tokens = entry.num_target_tokens
         self._shards = manifest.split_shards(split)
-        self.text_bytes = sum(shard.text_bytes for shard in self._shards)
+        self.text_bytes = int(self._shards.records["text_bytes"].sum())
         """UTF-8 bytes of the text that one epoch of the rows encodes."""
         self.hash = hash_json(
             {
                 "tokenizer": manifest.tokenizer.fingerprint,
-                "shards": [shard.sha256 for shard in self._shards],
-                "pack": [seq_len, entry.rows_sha256, entry.spans_sha256],
+                "shards": self._shards.content_hash(),
+                "pack": [seq_len, packing.name, entry.rows_sha256, entry.spans_sha256],
             }
         )
         """Of what decides every token of every row; packs of other lengths may come and go beside it."""
         self._pad_id = manifest.tokenizer.eos_id
         self._vocab_size = manifest.tokenizer.vocab_size
-        self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        try:
-            self._pack = open_pack(folder, entry)
-        except (ValueError, OSError) as error:
-            raise DataError(f"{self._pack_name}: damaged: {error}") from error
+        self._dtype = np.dtype(manifest.dtype).newbyteorder("=")
+        self._plan = open_plan(folder, manifest, entry)
+        self._verify = verify
         self._lock = threading.Lock()
-        self._open_files: OrderedDict[int, int] = OrderedDict()
-        """Shard number → file descriptor, the longest unused first."""
+        self._open_files: OrderedDict[int, _Shard] = OrderedDict()
+        """Shard number → its open file, the longest unused first."""
         weakref.finalize(self, _close_all, self._open_files)
 
     def read(self, row: int) -> Row:
@@ -93,145 +105,237 @@ class Rows:
         """Return these rows, in this order, as arrays [len(rows), seq_len].
 
         Raises:
-            DataError: A shard is missing, has changed its size, or holds a token outside the vocabulary;
-                the message names the file and the row.
+            DataError: A shard is missing, has changed its size, fails its checksum, or holds a token outside
+                the vocabulary; the message names the file and the row.
         """
-        spans, num_spans = self._spans(rows)
         shape = len(rows), self.seq_len
-        lengths = spans["length"].astype(np.int64)
-        row_firsts = np.cumsum(num_spans) - num_spans
-        begins = np.cumsum(lengths) - lengths  # of each span, were the rows laid back to back without padding
-        row_of_span = np.repeat(np.arange(len(rows)), num_spans)
-        num_tokens = np.add.reduceat(lengths, row_firsts)
-        if num_tokens.max() > self.seq_len or lengths.min() < 1:
-            worst = int(rows[int(num_tokens.argmax())])
-            raise DataError(f"{self._pack_name}: row {worst} has {num_tokens.max()} tokens, or an empty span")
-        places = begins + np.repeat(np.arange(len(rows)) * self.seq_len - begins[row_firsts], num_spans)
-
-        tokens = np.full(shape, self._pad_id, dtype=np.int64)
-        targets = np.full(shape, NO_TARGET, dtype=np.int64)
-        self._read_runs(rows, spans, lengths, row_of_span, places, tokens.reshape(-1), targets.reshape(-1))
-        targets.reshape(-1)[(places + lengths - 1)[spans["has_next"] == 0]] = NO_TARGET
-
-        # Padding is one more span at the end of its row: positions from 0, a segment of its own.
-        row_begins = np.arange(len(rows)) * self.seq_len
-        starts = np.sort(np.concatenate([places, (row_begins + num_tokens)[num_tokens < self.seq_len]]))
-        starts_in_row = np.searchsorted(starts, starts - starts % self.seq_len)
-        covered = np.diff(starts, append=len(rows) * self.seq_len)
-        positions = np.arange(len(rows) * self.seq_len) - np.repeat(starts, covered)
-        segments = np.repeat((np.arange(len(starts)) - starts_in_row).astype(np.int32), covered)
-        return Row(tokens, targets, positions.reshape(shape), segments.reshape(shape))
+        tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
+        positions, segments = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int32)
+        with self._lock:
+            spans, num_spans = self._spans(rows)
+            runs = np.empty((4, spans.shape[1]), dtype=np.int64)
+            num_runs, num_read, worst = _runs(num_spans, spans, self.seq_len, runs)
+            if worst >= 0:
+                raise DataError(
+                    f"{self._pack_name}: row {int(rows[worst])} has more than {self.seq_len} tokens, or an "
+                    "empty span; the pack is damaged"
+                )
+            raw = np.empty(num_read, dtype=self._dtype)
+            content, at = memoryview(raw.data).cast("B"), 0
+            item_bytes = self._dtype.itemsize
+            for number, begin, count, row in runs[:, :num_runs].T.tolist():
+                until = at + count * item_bytes
+                self._read_tokens(number, begin, count, content[at:until], row=int(rows[row]))
+                at = until
+        if raw.max() >= self._vocab_size or raw.min() < 0:
+            raise DataError(self._outside(raw, runs[:, :num_runs], rows))
+        _fill(raw, num_spans, spans, self._pad_id, tokens, targets, positions, segments)
+        return Row(tokens, targets, positions, segments)
 
     def lineage(self, row: int) -> list[Lineage]:
         """Return where each document of the row came from, in the row's order."""
-        spans, _ = self._spans(np.array([row]))
+        with self._lock:
+            spans, _ = self._spans(np.array([row]))
         readers = {
-            int(number): ShardReader(self.folder / self._shards[int(number)].path)
-            for number in np.unique(spans["shard"])
+            number: ShardReader(self.folder / self._shards.path(number))
+            for number in np.unique(spans[0]).tolist()
         }
-        found = []
-        for span in spans:
-            reader = readers[int(span["shard"])]
-            found.append(reader.lineage(reader.document_at(int(span["start"]))))
-        return found
+        return [
+            readers[number].lineage(readers[number].document_at(start))
+            for number, start in spans[:2].T.tolist()
+        ]
 
     @property
     def _pack_name(self) -> str:
         return f"{self.folder}, pack of split {self.split!r} with seq_len={self.seq_len}"
 
-    def _spans(self, rows: npt.NDArray[np.integer[Any]]) -> tuple[npt.NDArray[Any], Int64]:
+    def _spans(self, rows: npt.NDArray[np.integer[Any]]) -> tuple[Int64, Int64]:
         """The spans of these rows back to back, and how many each row has."""
         at = np.asarray(rows, dtype=np.int64)
         if at.size == 0 or at.min() < 0 or at.max() >= self.num_rows:
             raise DataError(f"{self._pack_name}: rows {at.tolist()} asked, it has 0 to {self.num_rows - 1}")
-        firsts = self._pack.rows[at]
-        num_spans = self._pack.rows[at + 1] - firsts
-        if num_spans.min() < 1 or firsts.min() < 0 or (firsts + num_spans).max() > len(self._pack.spans):
-            raise DataError(f"{self._pack_name}: rows {at.tolist()} point outside its spans; it is damaged")
-        skips = np.repeat(firsts - (np.cumsum(num_spans) - num_spans), num_spans)
-        return self._pack.spans[skips + np.arange(int(num_spans.sum()))], num_spans
+        return self._plan.spans(at)
 
-    def _read_runs(
-        self,
-        rows: npt.NDArray[np.integer[Any]],
-        spans: npt.NDArray[Any],
-        lengths: Int64,
-        row_of_span: Int64,
-        places: Int64,
-        tokens: Int64,
-        targets: Int64,
-    ) -> None:
-        """Fill flat `tokens` and `targets`, one read for each run of spans that lie back to back in a shard.
-
-        A position's target is the token after it in the run; where that belongs to the next document, the
-        caller masks it.
-        """
-        starts = spans["start"].astype(np.int64)
-        ends = starts + lengths
-        shards = spans["shard"]
-        breaks = np.flatnonzero(
-            (shards[1:] != shards[:-1]) | (starts[1:] != ends[:-1]) | (row_of_span[1:] != row_of_span[:-1])
-        )
-        run_firsts = np.concatenate([[0], breaks + 1])
-        run_lasts = np.concatenate([breaks, [len(spans) - 1]])
-        for first, last in zip(run_firsts.tolist(), run_lasts.tolist(), strict=True):
-            begin, length = int(starts[first]), int(ends[last] - starts[first])
-            extra = int(spans["has_next"][last] != 0)
-            row = int(rows[row_of_span[first]])
-            run = self._read_tokens(int(shards[first]), begin, length + extra, row=row)
-            place = int(places[first])
-            tokens[place : place + length] = run[:length]
-            targets[place : place + length - 1 + extra] = run[1:]
-
-    def _read_tokens(self, number: int, start: int, length: int, *, row: int) -> npt.NDArray[Any]:
-        """`length` tokens from token `start` of shard `number`."""
-        if number >= len(self._shards) or start + length > self._shards[number].num_tokens:
+    def _read_tokens(self, number: int, start: int, count: int, into: memoryview, *, row: int) -> None:
+        """`count` tokens from token `start` of shard `number`. The caller holds the lock."""
+        if number >= len(self._shards) or start + count > self._shards.records["num_tokens"][number]:
             raise DataError(
-                f"{self._pack_name}: row {row} names tokens {start} to {start + length} of shard {number}, "
+                f"{self._pack_name}: row {row} names tokens {start} to {start + count} of shard {number}, "
                 "which does not have them; the pack is damaged"
             )
-        shard = self._shards[number]
-        item_bytes = self._dtype.itemsize
+        begin = start * self._dtype.itemsize
         try:
-            with self._lock:
-                fd = self._open(number)
-                size = os.fstat(fd).st_size
-                content = os.pread(fd, length * item_bytes, start * item_bytes)
+            shard = self._open(number, row=row)
+            num_read = os.preadv(shard.fd, [into], begin)
         except OSError as error:
             raise DataError(f"{self._needed(number, row)}, cannot be read: {error.strerror}") from error
-        if size != shard.num_bytes or len(content) != length * item_bytes:
-            raise DataError(
-                f"{self._needed(number, row)}, has {size} bytes, the manifest says {shard.num_bytes}"
-            )
-        tokens = np.frombuffer(content, dtype=self._dtype)
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self._vocab_size:
-            raise DataError(
-                f"{self._needed(number, row)}, is damaged: its tokens {start} to {start + length} are from "
-                f"{low} to {high}, the vocabulary has {self._vocab_size}"
-            )
-        return tokens
+        if num_read != len(into):
+            raise DataError(self._other_size(number, row, os.fstat(shard.fd).st_size))
+        if shard.is_checked is not None:
+            self._check_blocks(shard, begin, begin + len(into))
 
-    def _open(self, number: int) -> int:
-        """The shard's file descriptor; closes the longest unused one when there are too many.
-
-        The caller holds the lock.
-        """
+    def _open(self, number: int, *, row: int) -> _Shard:
+        """The shard's open file; closes the longest unused one when there are too many."""
         if number in self._open_files:
             self._open_files.move_to_end(number)
             return self._open_files[number]
         if len(self._open_files) >= MAX_OPEN_SHARDS:
-            os.close(self._open_files.popitem(last=False)[1])
-        self._open_files[number] = os.open(self._path(number), os.O_RDONLY)
-        return self._open_files[number]
+            self._open_files.popitem(last=False)[1].close()
+        path = self._path(number)
+        sums = is_checked = None
+        if self._verify in (Verify.open, Verify.touch):
+            sums = self._sums(number)
+            is_checked = np.zeros(len(sums), dtype=np.bool_)
+        shard = _Shard(os.open(path, os.O_RDONLY), path, sums, is_checked)
+        self._open_files[number] = shard
+        if (size := os.fstat(shard.fd).st_size) != self._shards.records["num_bytes"][number]:
+            raise DataError(self._other_size(number, row, size))
+        if self._verify is Verify.open:
+            self._check_blocks(shard, 0, int(self._shards.records["num_bytes"][number]))
+        return shard
+
+    def _sums(self, number: int) -> npt.NDArray[np.uint64]:
+        path = sums_file(self.folder / self._shards.path(number))
+        found, expected = xxh3_of_file(path), self._shards[number].sums_xxh3_128
+        if found != expected:
+            raise DataError(
+                f"{path} is damaged: its xxh3_128 is {found}, the manifest says {expected}; restore the file"
+            )
+        return np.fromfile(path, dtype="<u8")
+
+    def _check_blocks(self, shard: _Shard, begin: int, end: int) -> None:
+        """Compare the blocks of these bytes with their sums, unless that is done."""
+        assert shard.is_checked is not None, "only with verify=open or touch"
+        assert shard.sums is not None, "only with verify=open or touch"
+        for block in range(begin // SUM_BLOCK_BYTES, -(-end // SUM_BLOCK_BYTES)):
+            if shard.is_checked[block]:
+                continue
+            content = os.pread(shard.fd, SUM_BLOCK_BYTES, block * SUM_BLOCK_BYTES)
+            found, expected = xxhash.xxh3_64_intdigest(content), int(shard.sums[block])
+            if found != expected:
+                raise DataError(
+                    f"{damaged_block(shard.path, block, expected=expected, found=found)}; restore the file"
+                )
+            shard.is_checked[block] = True
+
+    def _outside(self, raw: npt.NDArray[Any], runs: Int64, rows: npt.NDArray[np.integer[Any]]) -> str:
+        """Which tokens that were read are outside the vocabulary."""
+        ends = np.cumsum(runs[2])
+        bad = int(np.flatnonzero((raw < 0) | (raw >= self._vocab_size))[0])
+        run = int(np.searchsorted(ends, bad, side="right"))
+        number, start, count, row = runs[:, run].tolist()
+        part = raw[ends[run] - count : ends[run]]
+        return (
+            f"{self._needed(number, int(rows[row]))}, is damaged: its tokens {start} to {start + count} are "
+            f"from {part.min()} to {part.max()}, the vocabulary has {self._vocab_size}"
+        )
+
+    def _other_size(self, number: int, row: int, found: int) -> str:
+        expected = self._shards.records["num_bytes"][number]
+        return f"{self._needed(number, row)}, has {found} bytes, the manifest says {expected}"
 
     def _path(self, number: int) -> Path:
-        return shard_files(self.folder / self._shards[number].path)[0]
+        return shard_files(self.folder / self._shards.path(number))[0]
 
     def _needed(self, number: int, row: int) -> str:
         return f"{self._path(number)}, needed for row {row}"
 
 
-def _close_all(open_files: OrderedDict[int, int]) -> None:
+@dataclass
+class _Shard:
+    """An open shard, and which of its blocks were compared with their sums."""
+
+    fd: int
+    path: Path
+    sums: npt.NDArray[np.uint64] | None
+    is_checked: npt.NDArray[np.bool_] | None
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _close_all(open_files: OrderedDict[int, _Shard]) -> None:
     while open_files:
-        os.close(open_files.popitem()[1])
+        open_files.popitem()[1].close()
+
+
+@compiled_lean
+def _runs(num_spans: Any, spans: Any, seq_len: int, runs: Any) -> Any:
+    """Join spans of a row that lie back to back in a shard: a run is read at once, with the token after it
+    where that is a target.
+
+    Returns:
+        how many runs; tokens to read; the first row that cannot be, or -1. `runs` gets shard, first token,
+        tokens to read and row.
+    """
+    shard, start, length, has_next = spans[0], spans[1], spans[2], spans[3]
+    num_runs, total, at = 0, 0, 0
+    for row in range(len(num_spans)):
+        in_row = 0
+        for place in range(num_spans[row]):
+            if length[at] < 1:
+                return 0, 0, row
+            in_row += length[at]
+            if place > 0 and shard[at] == shard[at - 1] and start[at] == start[at - 1] + length[at - 1]:
+                extra = length[at] + has_next[at] - has_next[at - 1]
+                runs[2, num_runs - 1] += extra
+                total += extra
+            else:
+                runs[0, num_runs], runs[1, num_runs] = shard[at], start[at]
+                runs[2, num_runs], runs[3, num_runs] = length[at] + has_next[at], row
+                total += length[at] + has_next[at]
+                num_runs += 1
+            at += 1
+        if in_row > seq_len:
+            return 0, 0, row
+    return num_runs, total, -1
+
+
+@compiled_lean
+def _fill(
+    raw: Any,
+    num_spans: Any,
+    spans: Any,
+    pad_id: int,
+    tokens: Any,
+    targets: Any,
+    positions: Any,
+    segments: Any,
+) -> None:
+    """Every array of every row from what was read for `_runs`."""
+    shard, start, length, has_next = spans[0], spans[1], spans[2], spans[3]
+    at, source = 0, 0
+    for row in range(len(num_spans)):
+        place = 0
+        for number in range(num_spans[row]):
+            joined = number > 0 and shard[at] == shard[at - 1] and start[at] == start[at - 1] + length[at - 1]
+            if number > 0 and not joined:
+                source += has_next[at - 1]  # the token after the last run was a target only
+            count = length[at]
+            _copy(raw[source : source + count], tokens[row, place : place + count])
+            num_targets = count - 1 + has_next[at]
+            _copy(raw[source + 1 : source + 1 + num_targets], targets[row, place : place + num_targets])
+            targets[row, place + num_targets : place + count] = NO_TARGET
+            _count_up(positions[row, place : place + count])
+            segments[row, place : place + count] = number
+            source += count
+            place += count
+            at += 1
+        source += has_next[at - 1]
+        tokens[row, place:] = pad_id
+        targets[row, place:] = NO_TARGET
+        _count_up(positions[row, place:])
+        segments[row, place:] = num_spans[row]
+
+
+@compiled_lean
+def _copy(source: Any, into: Any) -> None:
+    """A loop of its own over whole slices, which the compiler turns into wide moves."""
+    for at in range(len(into)):
+        into[at] = source[at]
+
+
+@compiled_lean
+def _count_up(into: Any) -> None:
+    for at in range(len(into)):
+        into[at] = at

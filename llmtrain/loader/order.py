@@ -12,6 +12,7 @@ cipher to keep secrets with.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,26 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK_64 = 2**64 - 1
 
 Uint64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Locality:
+    """Two levels: groups of neighbouring rows in an order of their own, and rows shuffled inside windows of
+    consecutive groups. A run then reads few files at a time."""
+
+    group_rows: int
+    window_groups: int
 
 
 def rows_at(
-    positions: npt.NDArray[np.integer[Any]], *, num_rows: int, seed: int, pack_hash: str
-) -> npt.NDArray[np.int64]:
+    positions: npt.NDArray[np.integer[Any]],
+    *,
+    num_rows: int,
+    seed: int,
+    pack_hash: str,
+    locality: Locality | None = None,
+) -> Int64:
     """Return the row of each position, in the shape of `positions`; an epoch holds each row once.
 
     Args:
@@ -44,6 +60,7 @@ def rows_at(
         num_rows: Rows of the pack, 1 to 2^48.
         seed: The run's.
         pack_hash: Of what decides the rows' content: other rows, another order.
+        locality: None: any row may follow any other.
     """
     if not 1 <= num_rows <= MAX_ROWS:
         raise DataError(f"a pack of num_rows={num_rows} cannot be put in order; it must have 1 to 2^48")
@@ -53,8 +70,38 @@ def rows_at(
     for epoch in np.unique(epochs).tolist():
         of_epoch = epochs == epoch
         key = rng.key(seed, "order", pack_hash, epoch)
-        rows[of_epoch] = permute(indexes[of_epoch].astype(np.uint64), num_rows=num_rows, key=key)
+        if locality is None:
+            rows[of_epoch] = permute(indexes[of_epoch].astype(np.uint64), num_rows=num_rows, key=key)
+        else:
+            rows[of_epoch] = _near(indexes[of_epoch], num_rows=num_rows, key=key, locality=locality)
     return rows
+
+
+def _near(indexes: Int64, *, num_rows: int, key: int, locality: Locality) -> Int64:
+    """Map indexes below `num_rows` one to one, in two levels.
+
+    Rows are turned by a number of the epoch's and cut into groups. The last group, which may be short, keeps
+    its place at the end; which rows are in it differs from epoch to epoch.
+    """
+    group_rows = locality.group_rows
+    window_rows = group_rows * locality.window_groups
+    num_whole = num_rows // group_rows
+    places = np.empty(indexes.shape, dtype=np.int64)
+    windows = indexes // window_rows
+    for window in np.unique(windows).tolist():
+        chosen, first = windows == window, window * window_rows
+        inner = permute(
+            (indexes[chosen] - first).astype(np.uint64),
+            num_rows=min(window_rows, num_rows - first),
+            key=rng.key(key, "window", window),
+        )
+        places[chosen] = first + inner.astype(np.int64)
+    groups, offsets = np.divmod(places, group_rows)
+    is_whole = groups < num_whole
+    if num_whole:
+        moved = permute(groups[is_whole].astype(np.uint64), num_rows=num_whole, key=rng.key(key, "groups"))
+        groups[is_whole] = moved.astype(np.int64)
+    return (groups * group_rows + offsets + rng.key(key, "turn") % num_rows) % num_rows
 
 
 def permute(indexes: Uint64, *, num_rows: int, key: int) -> Uint64:

@@ -81,7 +81,7 @@ class DataRun:
         return STATES.get(self.facts.get("stop_after", "pack"), STATES["pack"])
 
     @property
-    def shards(self) -> list[ShardEntry]:
+    def shards(self) -> Sequence[ShardEntry]:
         return [] if self.manifest is None else self.manifest.shards
 
     @property
@@ -178,6 +178,7 @@ def render_data(run: DataRun) -> str:
         has_tokens=run.num_tokens > 0,
         bytes_per_token=run.bytes_per_token,
         packs=pack_rows(run),
+        fertility=fertility_rows(run.facts.get("fertility") or []),
         histograms=with_bounds,
         other_histograms=without,
         sources=sources[:NUM_SOURCES_OPEN],
@@ -328,16 +329,47 @@ def funnel_of(run: DataRun) -> list[FunnelRow]:
 
 
 def pack_rows(run: DataRun) -> list[tuple[str, ...]]:
-    """(split, row length, rows, tokens, targets)."""
+    """(split, row length, strategy, rows, padding, documents cut, tokens, targets)."""
     return [
         (
             words(pack.split),
             f"{pack.seq_len:,}",
+            words(pack.strategy),
             f"{pack.num_rows:,}",
+            f"{pack.num_padding / (pack.num_rows * pack.seq_len or 1):.2%}",
+            f"{pack.num_cut_documents:,}",
             f"{sum(shard.num_tokens for shard in run.shards if shard.split == pack.split):,}",
             f"{pack.num_target_tokens:,}",
         )
         for pack in (run.told("packs") or [])
+    ]
+
+
+MAX_FERTILITY_ROWS = 24
+
+
+def fertility_rows(rows: list[dict[str, Any]]) -> list[tuple[str, str, str, str, float]]:
+    """(source and language, documents, bytes a token, share of fallback tokens, length of the bar), the most
+    text first; past MAX_FERTILITY_ROWS the rest share a row."""
+    measures = ("documents", "text_bytes", "num_tokens", "num_fallback_tokens")
+    ordered = sorted(rows, key=lambda row: -row["text_bytes"])
+    if len(ordered) > MAX_FERTILITY_ROWS:
+        rest = ordered[MAX_FERTILITY_ROWS - 1 :]
+        joined = {name: sum(row[name] for row in rest) for name in measures}
+        ordered = [
+            *ordered[: MAX_FERTILITY_ROWS - 1],
+            {"source": f"{len(rest)} more", "language": None, **joined},
+        ]
+    best = max((row["text_bytes"] / row["num_tokens"] for row in ordered), default=1.0)
+    return [
+        (
+            str(row["source"]) if row["language"] is None else f"{row['source']}, {row['language']}",
+            f"{row['documents']:,}",
+            f"{row['text_bytes'] / row['num_tokens']:.2f}",
+            f"{row['num_fallback_tokens'] / row['num_tokens']:.2%}",
+            row["text_bytes"] / row["num_tokens"] / best,
+        )
+        for row in ordered
     ]
 
 

@@ -22,6 +22,7 @@ from llmtrain.data.manifest import Manifest, read_manifest, verify
 from llmtrain.errors import EXIT_FAILED, DiskError, LLMTrainError
 from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
+from llmtrain.loader.config import Verify
 from llmtrain.loader.dataset import Rows
 from llmtrain.model.init import initial_weight
 from llmtrain.model.transformer import Transformer
@@ -69,8 +70,13 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             return
         manifest = read_manifest(Path(cfg.data.folder))
         _together(lambda: _verify_share(cfg, manifest, rank=rank, world_size=world_size))
-        rows = Rows(Path(cfg.data.folder), manifest, "train", cfg.data.seq_len)
-        held_out = Rows(Path(cfg.data.folder), manifest, "held_out", cfg.data.seq_len)
+        rows, held_out = (
+            Rows(
+                *(Path(cfg.data.folder), manifest, split, cfg.data.seq_len, cfg.data.packing),
+                verify=cfg.data.verify,
+            )
+            for split in ("train", "held_out")
+        )
         start_up.mark("checks")
 
         with build_context(cfg.train, cfg.parallel, dp_size=world_size):
@@ -172,13 +178,13 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
     return Start(
         attempt=next_attempt(folder.metrics),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
-        manifest_hash=read_manifest(Path(cfg.data.folder)).hash(cfg.data.seq_len),
+        manifest_hash=read_manifest(Path(cfg.data.folder)).hash(cfg.data.seq_len, cfg.data.packing.name),
     )
 
 
 def _verify_share(cfg: TrainRoot, manifest: Manifest, *, rank: int, world_size: int) -> None:
     """Compare the contents of this rank's share of the shards with their hashes: all ranks read at once."""
-    if cfg.data.verify_shards:
+    if cfg.data.verify is Verify.start:
         share = replace(manifest, shards=manifest.shards[rank::world_size])
         verify(Path(cfg.data.folder), replace(share, packs=manifest.packs if rank == 0 else []), content=True)
 

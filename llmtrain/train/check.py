@@ -39,7 +39,7 @@ FREE_AT_RESUME = (
     "run.init_from",
     "data.folder",
     "data.max_epochs",
-    "data.verify_shards",
+    "data.verify",
     "tracking",
     "parallel",
     "train.micro_batch_rows",
@@ -140,8 +140,8 @@ def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
         manifest = read_manifest(folder)
         shard_bytes = sum(shard.num_bytes for shard in manifest.shards)
         verify_files(folder, manifest, content=cfg.check_only and shard_bytes <= VERIFY_CONTENT_BELOW_BYTES)
-        pack = manifest.pack("train", cfg.data.seq_len)
-        held_out = manifest.pack("held_out", cfg.data.seq_len)
+        pack = manifest.pack("train", cfg.data.seq_len, cfg.data.packing.name)
+        held_out = manifest.pack("held_out", cfg.data.seq_len, cfg.data.packing.name)
     except LLMTrainError as error:
         found.problems.append(str(error))
         return None
@@ -205,7 +205,7 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings, *, 
     found.warnings.extend(changed)
     if manifest is None or reader.state["config"]["data"]["seq_len"] != cfg.data.seq_len:
         return  # said above
-    now, then = manifest.hash(cfg.data.seq_len), reader.state["manifest_hash"]
+    now, then = manifest.hash(cfg.data.seq_len, cfg.data.packing.name), reader.state["manifest_hash"]
     if now != then:
         found.problems.append(
             f"the data in {cfg.data.folder} is not what step {reader.step} was trained on (manifest "

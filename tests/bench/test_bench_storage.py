@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.bench import checkpoint, loader
+from llmtrain.bench import checkpoint, tokens
 from llmtrain.bench.table import BenchConfig
 from llmtrain.errors import ConfigError
 
@@ -23,16 +23,25 @@ def test_checkpoint_topic_measures_save_restore_verify_and_hashes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loader_topic_measures_order_rows_wait_and_start_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "SHARD_TOKENS", 100_000)
-    monkeypatch.setattr(loader, "COMPUTE_S", 0.001)
-    rows = loader.run(BenchConfig(topic="loader", scale=0.01))
-    assert [row.unit for row in rows] == ["µs/row", "M tokens/s", "ms", "s"]
-    assert all(row.value > 0 and row.ratio is not None for row in rows)
+def test_tokens_topic_measures_what_it_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "SHARD_TOKENS", 100_000)
+    monkeypatch.setattr(tokens, "COMPUTE_S", 0.001)
+    monkeypatch.setattr(tokens, "REPEATS", 1)
+    rows = {
+        row.name: row
+        for row in tokens.run(BenchConfig(topic="tokens", scale=0.02, options={"rivals": False}))
+    }
+    promised = {
+        "bpe_docs_differing", "bpe_vs_sentencepiece", "loader_startup_s", "loader_startup_mb",
+        "loader_mtokens_per_s", "packing_mdocs_per_s", "order_us_per_row", "bpe_peak_mb",
+    }  # fmt: skip
+    assert promised <= rows.keys()
+    assert rows["bpe_docs_differing"].value == 0
+    assert all(row.value > 0 for name, row in rows.items() if name != "bpe_docs_differing")
 
 
 def test_unknown_option_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"topic loader takes no options, got options.fodler"):
-        loader.run(BenchConfig(topic="loader", options={"fodler": "x"}))
+    with pytest.raises(ConfigError, match=r"did you mean 'options.texts'"):
+        tokens.run(BenchConfig(topic="tokens", options={"text": "x"}))
     with pytest.raises(ConfigError, match=r"did you mean 'options.folder'"):
         checkpoint.run(BenchConfig(topic="checkpoint", options={"fodler": "x"}))

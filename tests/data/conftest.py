@@ -13,7 +13,7 @@ from llmtrain.data.config import DataConfig, PackConfig, TokenizerConfig
 from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.sources.config import CorpusConfig, Format
-from llmtrain.data.tokenizer.tokenizer import MODEL_NAME, Tokenizer
+from llmtrain.data.tokenizer.sentencepiece_model import MODEL_NAME, SentencePieceTokenizer
 from llmtrain.data.tokenizer.train import train_tokenizer
 
 SYLLABLES = [
@@ -63,8 +63,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, texts: list[str])
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> Tokenizer:
-    return Tokenizer.load(tokenizer_folder)
+def tokenizer(tokenizer_folder: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.load(tokenizer_folder / MODEL_NAME)
 
 
 @pytest.fixture

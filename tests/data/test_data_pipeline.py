@@ -41,10 +41,10 @@ from llmtrain.data.pipeline import run
 from llmtrain.data.shards import ShardReader
 from llmtrain.data.sources import python_docs
 from llmtrain.data.sources.config import CorpusConfig, Format
-from llmtrain.data.tokenizer.tokenizer import Tokenizer
+from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
 from llmtrain.errors import ConfigError, DataError, LaunchError
-from llmtrain.files import FolderLock
+from llmtrain.files import FolderLock, read_json
 
 Config = Callable[..., DataConfig]
 Write = Callable[..., Path]
@@ -86,7 +86,7 @@ def test_every_kept_document_is_in_a_shard_whole_and_once(
     cfg = jsonl_config(corpus, shards=ShardsConfig(text_bytes=20_000), held_out=HeldOutConfig(fraction=0.1))
     manifest = run(cfg, quiet=True).manifest
     out = Path(cfg.out)
-    tokenizer = Tokenizer.load(out / manifest.tokenizer.path)
+    tokenizer = load_tokenizer(out / manifest.tokenizer.path)
     found: dict[str, list[str]] = {"train": [], "held_out": []}
     raw = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     for shard in manifest.shards:
@@ -114,7 +114,7 @@ def test_the_funnel_closes_and_counts_every_drop_once(corpus: Path, jsonl_config
     for entry in manifest.funnel:
         check_closes(entry)
     assert [entry["pass"] for entry in manifest.funnel] == [
-        "scan", "decide", "tokenize", "pack train seq_len=64", "pack held_out seq_len=64",
+        "scan", "decide", "tokenize", "pack train seq_len=64 concat", "pack held_out seq_len=64 concat",
     ]  # fmt: skip
     assert dropped(manifest, 1) == {"empty": 1, "too_short": 2, "duplicate": 3}
     assert manifest.funnel[0]["in"]["documents"] == 126
@@ -238,7 +238,7 @@ def test_more_row_lengths_need_no_new_shards(corpus: Path, jsonl_config: Config)
 def test_a_given_tokenizer_is_used_as_it_is(
     corpus: Path, jsonl_config: Config, tokenizer_folder: Path
 ) -> None:
-    given = Tokenizer.load(tokenizer_folder)
+    given = load_tokenizer(tokenizer_folder)
     cfg = jsonl_config(corpus, tokenizer=TokenizerConfig(path=str(tokenizer_folder)))
     assert run(cfg, quiet=True).manifest.tokenizer.fingerprint == given.fingerprint
 
@@ -257,10 +257,43 @@ def test_a_given_tokenizer_that_changes_text_is_warned_of(
         )
     cfg = jsonl_config(corpus, tokenizer=TokenizerConfig(path=str(tmp_path / "given.model")))
     manifest = run(cfg, quiet=True).manifest
-    assert (
-        manifest.funnel[2]["differing_documents"] > 0
-    )  # it puts a space in front: words cannot be looked up
+    assert manifest.funnel[2]["checked_documents"] > 0
+    assert manifest.funnel[2]["differing_documents"] == 0  # it puts a space in front, which is known
     assert "given.model does not give back the text that it encodes: 'a  b" in caplog.text
+
+
+def test_a_shard_with_a_wrong_id_is_encoded_again_by_sentencepiece(
+    corpus: Path,
+    jsonl_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    right = run(jsonl_config(corpus, out=str(tmp_path / "right")), quiet=True)
+    encode = WordEncoder.encode
+
+    def wrong(self: WordEncoder, text: Any, offsets: Any) -> Any:
+        ids, lengths = encode(self, text, offsets)
+        ids[0] += 1
+        return ids, lengths
+
+    monkeypatch.setattr(WordEncoder, "encode", wrong)
+    found = run(jsonl_config(corpus, out=str(tmp_path / "wrong")), quiet=True)
+    assert found.manifest.funnel[2]["differing_documents"] == 2  # the first of each shard
+    assert [shard.sha256 for shard in found.manifest.shards] == [s.sha256 for s in right.manifest.shards]
+    assert "differ from SentencePiece; encoding it anew" in caplog.text
+
+
+def test_fertility_is_told_by_source(corpus: Path, jsonl_config: Config) -> None:
+    report = run(jsonl_config(corpus), quiet=True)
+    shards = report.manifest.shards
+    facts = read_json(report.out / "facts.json")["fertility"]
+    assert facts == report.fertility
+    for name in ("num_tokens", "text_bytes"):
+        assert sum(row[name] for row in facts) == sum(getattr(shard, name) for shard in shards)
+    assert sum(row["documents"] for row in facts) == sum(shard.num_documents for shard in shards)
+    assert all(0 <= row["num_fallback_tokens"] < row["num_tokens"] for row in facts)
+    assert {row["language"] for row in facts} == {None}
 
 
 def test_the_tokenizers_sample_reaches_its_size(

@@ -14,11 +14,11 @@ import pytest
 from llmtrain.data.config import PackConfig, ShardsConfig
 from llmtrain.data.document import normalize
 from llmtrain.data.manifest import Manifest, read_manifest
-from llmtrain.data.pack import open_pack
+from llmtrain.data.pack import open_plan
 from llmtrain.data.pipeline import run
 from llmtrain.data.shards import ShardReader
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
-from llmtrain.data.trace import TraceConfig, as_json, bytes_of_pieces, trace
+from llmtrain.data.trace import TraceConfig, as_json, trace
 from llmtrain.errors import ConfigError, DataError
 
 RARE = "Here stand \u2581 and 🙂 and e\u0300 and \u0152 among others. "
@@ -97,13 +97,14 @@ def test_a_token_of_a_split_is_the_same_by_shard_number_name_and_path(folder: Pa
 def test_a_row_of_a_pack_shows_each_of_its_documents(folder: Path) -> None:
     manifest = read_manifest(folder)
     for seq_len in (64, 96):
-        pack = open_pack(folder, manifest.pack("train", seq_len))
-        for row in range(0, pack.num_rows, 7):
+        entry = manifest.pack("train", seq_len)
+        plan = open_plan(folder, manifest, entry)
+        for row in range(0, entry.num_rows, 7):
             found = trace(TraceConfig(folder=str(folder), row=row, seq_len=seq_len))
-            spans = pack.spans[int(pack.rows[row]) : int(pack.rows[row + 1])]
+            spans, _ = plan.spans(np.array([row]))
             shards = manifest.split_shards("train")
             assert [(run.shard, run.token, run.num_tokens) for run in found] == [
-                (shards[span["shard"]].path, span["start"], span["length"]) for span in spans
+                (shards[number].path, start, length) for number, start, length, _ in spans.T.tolist()
             ]
 
 
@@ -118,10 +119,9 @@ def test_a_position_inside_a_row_is_one_token_of_it(folder: Path) -> None:
 
 
 def test_the_bytes_of_pieces_are_what_decoding_gives(tokenizer: Tokenizer, texts: list[str]) -> None:
-    pieces = bytes_of_pieces(tokenizer)
-    for text in [*texts[:20], RARE, "é\u0300 日本 \x00"]:
-        assert b"".join(pieces[id_] for id_ in tokenizer.encode(text)) == text.encode()
-    assert pieces[tokenizer.eos_id] == b""
+    for text in [*texts[:20], RARE, "é\u0300 日本 \x00", "a\u2581\u2581b \ufdd0\ufdd1\ufdd2 \u2581"]:
+        assert b"".join(tokenizer.pieces(tokenizer.encode(text))) == text.encode()
+    assert tokenizer.pieces(np.array([tokenizer.eos_id])) == [b""]
 
 
 def test_a_tokenizer_that_loses_text_is_told(folder: Path) -> None:

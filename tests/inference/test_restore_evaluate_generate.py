@@ -29,7 +29,7 @@ from llmtrain.data.engines.config import EngineConfig, EngineKind
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.pipeline import run as run_data
 from llmtrain.data.sources.config import CorpusConfig, Format
-from llmtrain.data.tokenizer.tokenizer import Tokenizer
+from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer
@@ -103,7 +103,7 @@ def make_run(data_folder: Path, tmp_path: Path) -> MakeRun:
                     "model": asdict(cfg),
                     "data_folder": str(data_folder),
                     "tokenizer_fingerprint": read_manifest(data_folder).tokenizer.fingerprint,
-                    "config": {"data": {"seq_len": SEQ_LEN}},
+                    "config": {"data": {"seq_len": SEQ_LEN, "packing": "concat"}},
                     **state,
                 },
                 rank=0,
@@ -204,7 +204,7 @@ def test_evaluate_pays_for_every_byte_and_compresses_the_same_bytes(
     with zstandard.open(data_folder / manifest.held_out_text, "rt", encoding="utf-8") as handle:
         texts = [json.loads(line)["text"] for line in handle]
     text = "".join(texts).encode()
-    tokenizer = Tokenizer.load(data_folder / manifest.tokenizer.path)
+    tokenizer = load_tokenizer(data_folder / manifest.tokenizer.path)
     assert figures["num_targets"] == sum(
         len(tokenizer.encode(each)) for each in texts
     )  # EOS is one, the first none
@@ -274,7 +274,7 @@ def test_generate_warns_where_text_will_be_poor(make_run: MakeRun, caplog: pytes
 
 
 def test_a_character_of_several_tokens_is_printed_when_it_is_whole(data_folder: Path) -> None:
-    tokenizer = Tokenizer.load(data_folder / read_manifest(data_folder).tokenizer.path)
+    tokenizer = load_tokenizer(data_folder / read_manifest(data_folder).tokenizer.path)
     prompt, rest = tokenizer.encode("the ").tolist(), tokenizer.encode("漢字 and 🜚").tolist()
     parts = list(stream_text(tokenizer, prompt, rest))
     assert [token for token, _ in parts] == rest

@@ -12,8 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llmtrain.data.manifest import Manifest, PackEntry, ShardEntry, TokenizerEntry, write_manifest
-from llmtrain.data.pack import SPAN, Pack, plan_rows, write_pack
+from llmtrain.data.config import Packing
+from llmtrain.data.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    PackEntry,
+    ShardEntry,
+    TokenizerEntry,
+    write_manifest,
+)
+from llmtrain.data.pack import write_plan
 from llmtrain.data.shards import ShardWriter
 
 EOS_ID = 2
@@ -42,7 +50,7 @@ def make_manifest(
         bos_id=None,
     )
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         corpus="test",
         dtype=dtype,
         tokenizer=tokenizer,
@@ -66,13 +74,13 @@ def write_corpus(
     split: str = "train",
     seed: int = 0,
 ) -> Corpus:
-    """Write a shard of random tokens for each list of document lengths (EOS counted), and a pack."""
+    """Write a shard of random tokens for each list of document lengths (EOS counted), and packs."""
     random = np.random.default_rng(seed)
     documents: list[list[int]] = []
     shards: list[ShardEntry] = []
     for number, lengths in enumerate(doc_lengths):
         path = f"shards/{split}-{number:05d}"
-        writer = ShardWriter(folder / path, dtype, VOCAB_SIZE)
+        writer = ShardWriter(folder / path, dtype, VOCAB_SIZE, eos_id=EOS_ID)
         first = len(documents)
         for length in lengths:
             documents.append([*random.integers(3, VOCAB_SIZE, length - 1).tolist(), EOS_ID])
@@ -86,22 +94,13 @@ def write_corpus(
             "record": [at - first + 1 for at in of_shard],
         }
         pq.write_table(pa.table(lineage), folder / f"{path}.docs.parquet")
-        shards.append(
-            ShardEntry(
-                path=path,
-                split=split,
-                num_documents=result.num_documents,
-                num_tokens=result.num_tokens,
-                num_bytes=result.num_bytes,
-                sha256=result.sha256,
-                idx_sha256=result.idx_sha256,
-                xxh3_128=result.xxh3_128,
-                text_bytes=3 * result.num_tokens,
-            )
-        )
-    plan = plan_rows([np.array(lengths) for lengths in doc_lengths], seq_len)
-    pack = write_pack(folder, f"packs/seq{seq_len}", split, seq_len, plan)
-    manifest = make_manifest(shards, [pack], dtype=dtype)
+        shards.append(ShardEntry(path=path, split=split, text_bytes=3 * result.num_tokens, **vars(result)))
+    parts = [np.array(lengths) for lengths in doc_lengths]
+    packs = [
+        write_plan(folder, f"packs/seq{seq_len}-{strategy.name}", split, seq_len, strategy, parts)
+        for strategy in Packing
+    ]
+    manifest = make_manifest(shards, packs, dtype=dtype)
     write_manifest(folder, manifest)
     return Corpus(folder=folder, manifest=manifest, documents={split: documents})
 
@@ -125,7 +124,7 @@ def make_corpus(tmp_path: Path) -> Callable[..., Corpus]:
 @pytest.fixture
 def big_manifest() -> Callable[..., Manifest]:
     def make(folder: Path, *, num_shards: int) -> Manifest:
-        """Shards that do not exist, and a real pack of two rows, of the first and of the last of them."""
+        """Shards that do not exist, ten million tokens each, and a pack of them."""
         shards = [
             ShardEntry(
                 path=f"shards/train-{number:05d}",
@@ -133,15 +132,29 @@ def big_manifest() -> Callable[..., Manifest]:
                 num_documents=10_000,
                 num_tokens=10_000_000,
                 num_bytes=20_000_000,
+                max_id=VOCAB_SIZE - 1,
+                num_eos=10_000,
                 sha256=f"{number:064x}",
                 idx_sha256=f"{number:064x}",
                 xxh3_128=f"{number:032x}",
+                sums_xxh3_128=f"{number:032x}",
                 text_bytes=40_000_000,
             )
             for number in range(num_shards)
         ]
-        spans = np.array([(0, 0, 16, 1), (num_shards - 1, 0, 16, 1)], dtype=SPAN)
-        pack = write_pack(folder, "packs/seq16", "train", 16, Pack(rows=np.arange(3), spans=spans))
-        return make_manifest(shards, [pack])
+        pack = PackEntry(
+            path="",
+            split="train",
+            seq_len=2000,
+            strategy="concat",
+            num_rows=5000 * num_shards,
+            num_target_tokens=9_990_000 * num_shards,
+            num_padding=0,
+            num_cut_documents=0,
+            num_long_documents=0,
+        )
+        manifest = make_manifest(shards, [pack])
+        write_manifest(folder, manifest)
+        return manifest
 
     return make

@@ -16,9 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmtrain.data.manifest import Manifest
-from llmtrain.data.pack import SPAN, Pack, write_pack
+from llmtrain.data.config import Packing
+from llmtrain.data.manifest import PackEntry, read_manifest
+from llmtrain.data.pack import SPAN, write_rows
 from llmtrain.errors import DataError
+from llmtrain.loader.config import Verify
 from llmtrain.loader.dataset import MAX_OPEN_SHARDS, NO_TARGET, Row, Rows
 
 EOS_ID = 2
@@ -109,11 +111,48 @@ def test_arrays_have_the_types_that_torch_wants(corpus) -> None:
     assert row.segments.dtype == np.int32
 
 
+def odd_pack(folder: Path, spans: list[tuple[int, int, int, int]], counts: list[int]) -> PackEntry:
+    """A plan of these spans, so many a row."""
+    hashes = write_rows(folder / "packs/odd", "train", [(np.array(counts), np.array(spans, dtype=SPAN))])
+    return PackEntry(
+        path="packs/odd",
+        split="train",
+        seq_len=16,
+        strategy="best_fit",
+        num_rows=len(counts),
+        num_target_tokens=0,
+        num_padding=0,
+        num_cut_documents=0,
+        num_long_documents=0,
+        **hashes,
+    )
+
+
+@pytest.mark.parametrize("packing", [Packing.best_fit, Packing.padded])
+def test_rows_of_a_plan_hold_every_pair_once_and_pad_the_rest(corpus, packing: Packing) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16, packing)
+    block = rows.read_many(np.arange(rows.num_rows))
+    counts = block.targets != NO_TARGET
+    found = Counter(zip(block.tokens[counts].tolist(), block.targets[counts].tolist(), strict=True))
+    pairs: Counter[tuple[int, int]] = Counter()
+    for document in corpus.documents["train"]:
+        pairs.update(itertools.pairwise(document))
+    assert found == pairs
+    entry = corpus.manifest.pack("train", 16, packing.name)
+    padding = sum(
+        int((block.segments[at] == block.segments[at, -1]).sum())
+        for at in range(rows.num_rows)
+        if (block.targets[at][block.segments[at] == block.segments[at, -1]] == NO_TARGET).all()
+        and set(block.tokens[at][block.segments[at] == block.segments[at, -1]].tolist()) == {EOS_ID}
+    )
+    assert padding >= entry.num_padding > 0  # documents of EOS alone look like padding, too
+
+
 def test_packs_that_are_not_back_to_back_are_read_too(corpus) -> None:
     """Another packer may put any spans of any shards in a row, and stop a span inside a document."""
-    spans = np.array([(1, 100, 9, 0), (0, 2, 5, 1), (2, 0, 2, 1), (0, 7, 16, 1)], dtype=SPAN)
-    entry = write_pack(corpus.folder, "packs/odd", "train", 16, Pack(rows=np.array([0, 3, 4]), spans=spans))
-    rows = Rows(corpus.folder, replace(corpus.manifest, packs=[entry]), "train", 16)
+    spans = [(1, 100, 9, 0), (0, 2, 5, 1), (2, 0, 2, 1), (0, 7, 16, 1)]
+    entry = odd_pack(corpus.folder, spans, [3, 1])
+    rows = Rows(corpus.folder, replace(corpus.manifest, packs=[entry]), "train", 16, Packing.best_fit)
     documents = corpus.documents["train"]
     by_shard = [list(itertools.chain(*part)) for part in (documents[:7], documents[7:12], documents[12:])]
     row = rows.read(0)
@@ -142,23 +181,29 @@ def test_hash_follows_the_tokens_and_not_packs_of_other_lengths(corpus) -> None:
     assert Rows(corpus.folder, replace(manifest, packs=[wider, *manifest.packs]), "train", 16).hash == base
     other_shard = [replace(manifest.shards[0], sha256="0" * 64), *manifest.shards[1:]]
     assert Rows(corpus.folder, replace(manifest, shards=other_shard), "train", 16).hash != base
-    other_pack = [replace(manifest.packs[0], spans_sha256="0" * 64)]
-    assert Rows(corpus.folder, replace(manifest, packs=other_pack), "train", 16).hash != base
+    by_fit = Rows(corpus.folder, manifest, "train", 16, Packing.best_fit).hash
+    assert by_fit != base
+    other_pack = [replace(pack, spans_sha256="0" * 64) for pack in manifest.packs]
+    assert (
+        Rows(corpus.folder, replace(manifest, packs=other_pack), "train", 16, Packing.best_fit).hash != by_fit
+    )
 
 
 def test_start_up_opens_no_shard_and_takes_under_a_second_for_100_000(tmp_path: Path, big_manifest) -> None:
-    manifest: Manifest = big_manifest(tmp_path, num_shards=100_000)
+    """10^12 tokens; the files of the shards do not exist."""
+    big_manifest(tmp_path, num_shards=100_000)
     tracemalloc.start()
     began = time.perf_counter()
-    rows = Rows(tmp_path, manifest, "train", 16)
+    rows = Rows(tmp_path, read_manifest(tmp_path), "train", 2000)
     took_s = time.perf_counter() - began
-    held_bytes, _ = tracemalloc.get_traced_memory()
+    held_bytes, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert took_s < 1.0
-    assert held_bytes < 2 * 2**20  # a list of 100,000 references: 0.8 MB
-    assert rows.num_rows == 2
-    with pytest.raises(DataError, match=r"train-99999\.bin, needed for row 1, cannot be read: No such file"):
-        rows.read(1)
+    assert held_bytes < 40e6  # a row of the table is 145 bytes
+    assert peak_bytes < 100e6
+    assert rows.num_rows == 500_000_000
+    with pytest.raises(DataError, match=r"train-99999\.idx cannot be read: No such file"):
+        rows.read(499_999_999)
 
 
 def num_open_shards(folder: Path) -> int:
@@ -217,25 +262,56 @@ def test_row_out_of_range_is_refused(corpus) -> None:
 
 
 def test_damaged_packs_are_refused(corpus) -> None:
-    def rows_of(spans: list[tuple[int, int, int, int]], rows: list[int]) -> Rows:
-        pack = Pack(rows=np.array(rows), spans=np.array(spans, dtype=SPAN))
-        entry = write_pack(corpus.folder, "packs/bad", "train", 16, pack)
-        return Rows(corpus.folder, replace(corpus.manifest, packs=[entry]), "train", 16)
+    def read(spans: list[tuple[int, int, int, int]]) -> Row:
+        manifest = replace(corpus.manifest, packs=[odd_pack(corpus.folder, spans, [len(spans)])])
+        return Rows(corpus.folder, manifest, "train", 16, Packing.best_fit).read(0)
 
     with pytest.raises(DataError, match="row 0 names tokens 0 to 9 of shard 3, which does not have them"):
-        rows_of([(3, 0, 9, 0)], [0, 1]).read(0)
+        read([(3, 0, 9, 0)])
     with pytest.raises(DataError, match="row 0 names tokens 155 to 160 of shard 1, which does not have them"):
-        rows_of([(1, 155, 5, 0)], [0, 1]).read(0)
-    with pytest.raises(DataError, match=r"row 0 has 17 tokens, or an empty span"):
-        rows_of([(0, 0, 17, 0)], [0, 1]).read(0)
-    with pytest.raises(DataError, match=r"row 0 has 0 tokens, or an empty span"):
-        rows_of([(0, 0, 0, 0)], [0, 1]).read(0)
-    with pytest.raises(DataError, match=r"rows \[0\] point outside its spans; it is damaged"):
-        rows_of([(0, 0, 9, 0)], [0, 0, 1]).read(0)
+        read([(1, 155, 5, 0)])
+    for spans in ([(0, 0, 17, 0)], [(0, 0, 9, 0), (0, 9, 8, 0)], [(0, 0, 0, 0)]):
+        with pytest.raises(DataError, match=r"row 0 has more than 16 tokens, or an empty span"):
+            read(spans)
 
 
-def test_pack_file_cut_short_is_refused_at_start_up(corpus) -> None:
-    path = corpus.folder / corpus.manifest.packs[0].path / "train.spans.npy"
-    os.truncate(path, path.stat().st_size - 7)
-    with pytest.raises(DataError, match=r"pack of split 'train' with seq_len=16: damaged: "):
-        Rows(corpus.folder, corpus.manifest, "train", 16)
+@pytest.fixture
+def big_shard(make_corpus):
+    """A shard of three blocks, with bytes changed in the last."""
+    corpus = make_corpus("big", [[1000] * 1300], seq_len=512)
+    path = corpus.folder / "shards/train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[2 * 2**20 + 99] ^= 1
+    path.write_bytes(content)
+    return corpus
+
+
+DAMAGE = (
+    r"train-00000\.bin is damaged between byte 2,097,152 and 3,145,728: the block's xxh3_64 is \w{16}, its"
+)
+
+
+def test_damage_is_found_at_the_first_row_that_touches_it(big_shard) -> None:
+    rows = Rows(big_shard.folder, big_shard.manifest, "train", 512, verify=Verify.touch)
+    per_block = 2**20 // 2 // 512
+    for row in (0, per_block, 2 * per_block - 2):
+        rows.read(row)
+    for row in (2 * per_block - 1, 2 * per_block, 2 * per_block + 100):  # the first needs its target there
+        with pytest.raises(DataError, match=DAMAGE):
+            rows.read(row)
+    assert Rows(big_shard.folder, big_shard.manifest, "train", 512).read(2 * per_block)  # verify=none
+
+
+def test_damage_is_found_when_a_shard_is_opened(big_shard) -> None:
+    rows = Rows(big_shard.folder, big_shard.manifest, "train", 512, verify=Verify.open)
+    with pytest.raises(DataError, match=DAMAGE):
+        rows.read(0)
+
+
+def test_damaged_sums_are_told_from_damaged_tokens(corpus) -> None:
+    path = corpus.folder / "shards/train-00000.sums"
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16, verify=Verify.touch)
+    with pytest.raises(DataError, match=r"train-00000\.sums is damaged: its xxh3_128 is"):
+        rows.read(0)
+    rows.read(20)  # of another shard

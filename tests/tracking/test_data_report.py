@@ -18,6 +18,7 @@ from llmtrain.data.config import StopAfter
 from llmtrain.data.document import SKIP_REASONS
 from llmtrain.data.facts import KEPT, FactsBuilder, Measure, Scale, Threshold, put_totals, write_facts
 from llmtrain.data.manifest import (
+    FORMAT_VERSION,
     Manifest,
     PackEntry,
     ShardEntry,
@@ -122,9 +123,12 @@ def shard(split, num_documents, num_tokens, text_bytes):
         num_documents=num_documents,
         num_tokens=num_tokens,
         num_bytes=2 * num_tokens,
-        sha256="0",
-        idx_sha256="0",
-        xxh3_128="0",
+        max_id=99,
+        num_eos=num_documents,
+        sha256="0" * 64,
+        idx_sha256="0" * 64,
+        xxh3_128="0" * 32,
+        sums_xxh3_128="0" * 32,
         text_bytes=text_bytes,
     )
 
@@ -136,8 +140,12 @@ def folder(tmp_path):
         path="packs/x/seq64",
         split="train",
         seq_len=64,
+        strategy="concat",
         num_rows=219,
         num_target_tokens=13_950,
+        num_padding=0,
+        num_cut_documents=3,
+        num_long_documents=1,
         rows_sha256="0",
         spans_sha256="0",
     )
@@ -145,7 +153,7 @@ def folder(tmp_path):
         path="tokenizer/x", kind="bpe", vocab_size=512, fingerprint="0", eos_id=1, bos_id=None
     )
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         corpus="tiny <web>",
         dtype="uint16",
         tokenizer=tokenizer,
@@ -262,7 +270,7 @@ def test_the_funnel_tells_text_documents_and_tokens_of_every_reason(folder):
         "too short 29.7% 29.7% 29.3 KiB 30 documents ≈7.5k tokens",
         "exact duplicate 9.9% 9.9% 9.77 KiB 10 documents ≈2.5k tokens",
         "kept 59.4% 59.4% 58.6 KiB 60 documents 15k tokens",
-        "train 64 219 14,000 13,950",
+        "train 64 concat 219 0.00% 3 14,000 13,950",
     ):
         assert row in text
     assert "left after decide" not in text  # nothing was dropped later: that is what was kept

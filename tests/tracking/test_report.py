@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from llmtrain.data.manifest import Manifest, PackEntry, TokenizerEntry, write_manifest
+from llmtrain.data.manifest import FORMAT_VERSION, Manifest, PackEntry, TokenizerEntry, write_manifest
 from llmtrain.errors import DataError
 from llmtrain.planner.laws import Interval
 from llmtrain.tracking.facts import record_start
@@ -155,8 +155,12 @@ def folder(tmp_path):
             path="packs/x/seq64",
             split="train",
             seq_len=64,
+            strategy="concat",
             num_rows=1000,
             num_target_tokens=60_000,
+            num_padding=0,
+            num_cut_documents=3,
+            num_long_documents=1,
             rows_sha256="0",
             spans_sha256="0",
         )
@@ -165,7 +169,7 @@ def folder(tmp_path):
         path="tokenizer/x", kind="sentencepiece_bpe", vocab_size=512, fingerprint="0", eos_id=2, bos_id=None
     )
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         corpus="tiny",
         dtype="uint16",
         tokenizer=tokenizer,

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from llmtrain import files
+from llmtrain.data.config import Packing
 from llmtrain.data.manifest import FORMAT_VERSION, Manifest, ShardEntry, TokenizerEntry, write_manifest
-from llmtrain.data.pack import plan_rows, write_pack
+from llmtrain.data.pack import write_plan
 from llmtrain.data.shards import ShardWriter
 
 VOCAB_SIZE = 64
@@ -33,7 +34,7 @@ def write_data_folder(folder: Path, *, seq_len: int = 32, num_documents: int = 2
         ("held_out", 0, max(4, num_documents // 10)),
     ):
         path = f"shards/test/{split}-{number:05d}"
-        writer = ShardWriter(folder / path, "uint16", VOCAB_SIZE)
+        writer = ShardWriter(folder / path, "uint16", VOCAB_SIZE, eos_id=EOS)
         shard_lengths = []
         for _ in range(count):
             document = [int(random.integers(2, VOCAB_SIZE))]
@@ -51,23 +52,11 @@ def write_data_folder(folder: Path, *, seq_len: int = 32, num_documents: int = 2
         }
         pq.write_table(pa.table(columns), folder / f"{path}.docs.parquet")
         lengths[split].append(np.array(shard_lengths))
-        shards.append(
-            ShardEntry(
-                path=path,
-                split=split,
-                num_documents=result.num_documents,
-                num_tokens=result.num_tokens,
-                num_bytes=result.num_bytes,
-                sha256=result.sha256,
-                idx_sha256=result.idx_sha256,
-                xxh3_128=result.xxh3_128,
-                text_bytes=result.num_tokens * 4,
-            )
-        )
+        shards.append(ShardEntry(path=path, split=split, text_bytes=result.num_tokens * 4, **vars(result)))
     for split, parts in lengths.items():
-        packs.append(
-            write_pack(folder, f"packs/test/seq{seq_len}", split, seq_len, plan_rows(parts, seq_len))
-        )
+        for strategy in Packing:
+            relative = f"packs/test/seq{seq_len}-{strategy.name}"
+            packs.append(write_plan(folder, relative, split, seq_len, strategy, parts))
     with files.atomic_write(folder / "tokenizer/test/tokenizer.model") as handle:
         handle.write(b"not a real tokenizer")
     with files.atomic_write(folder / "held_out.jsonl.zst") as handle:

@@ -3,9 +3,9 @@
 A merge of BPE always gives a piece of the vocabulary. So where no piece holds bytes a and b side by side, no
 merge ever crosses an a|b in the text, and the text may be cut there: encoding the parts one by one gives
 the ids of the whole. The parts are few ("words", mostly with the space in front), so each distinct one
-is encoded by SentencePiece once and looked up afterwards. Nothing is assumed about the model's options:
-the table of side-by-side bytes is read off its pieces. The caller still compares documents with
-SentencePiece as it goes (`differing`).
+is encoded by SentencePiece once and looked up afterwards. The text is cut as the model normalises it, and
+the table of side-by-side bytes is read off its pieces; `why_not_exact` names models for which the argument
+does not hold. The caller still compares documents with SentencePiece as it goes (`differing`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from llmtrain.compiled import compiled
-from llmtrain.data.tokenizer.tokenizer import SPACE_MARK, Ids, Tokenizer
+from llmtrain.data.tokenizer.sentencepiece_model import ESCAPED_BYTES, SPACE_MARK, SentencePieceTokenizer
+from llmtrain.data.tokenizer.tokenizer import Ids, Tokenizer
 
 MAX_STORE_BYTES = 64 << 20
 """Bytes of distinct words kept; past it the store starts anew. Decides memory, never ids."""
@@ -27,8 +28,35 @@ Bytes = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 
+PROBES = (
+    "a", " a", "a b", "  a  b ", "\n\n", "\r\n", "\t", "\x00", "<s></s><unk>", "<0x0A>", "\u2581", " \u2581a",
+    "\ufdd0\ufdd1", "\ufb01 \uff21\uff11", "e\u0301", "\u00a0x\u3000y", "日本語", "123 4567", "😀",
+    "aaaaaaaaaaaa", "",
+)  # fmt: skip
+
+
+def why_not_exact(tokenizer: Tokenizer) -> str | None:
+    """Why words of this tokenizer cannot be looked up, or None if they can."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return f"it is a {tokenizer.kind} tokenizer"
+    if tokenizer.kind != "sentencepiece_bpe":
+        return "it is a Unigram model, whose best path depends on the whole sentence"
+    if not tokenizer.proto.normalizer_spec.escape_whitespaces:
+        return "it leaves spaces as they are (escape_whitespaces=false)"
+    if not tokenizer.byte_ids:
+        return "it has no byte fallback, and makes one token of unknown characters side by side"
+    unused = sum(piece.type == piece.UNUSED for piece in tokenizer.proto.pieces)
+    if unused:
+        return f"{unused} of its pieces are marked as unused, which fall apart as their neighbours have it"
+    core = tokenizer.core()
+    for text in PROBES:
+        if core.encode(tokenizer.normalised_bytes(text.encode())) != tokenizer.processor.encode(text):
+            return f"it does not encode {text!r} as it does the normalised text"
+    return None
+
+
 class WordEncoder:
-    """Encode documents through a store of distinct words."""
+    """Encode documents through a store of distinct words. `why_not_exact` must have nothing against it."""
 
     _slots: npt.NDArray[np.int32]  # number of a word + 1; 0 is empty
     _word_hash: npt.NDArray[np.uint64]
@@ -40,9 +68,10 @@ class WordEncoder:
     _ids_start: Ints
     _num_ids: int
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         self.tokenizer = tokenizer
         self.joined = joined_bytes(tokenizer)
+        self._core = tokenizer.core()
         self._reset()
 
     def encode(self, text: Bytes, doc_offsets: Ints) -> tuple[Ids, Ints]:
@@ -51,7 +80,7 @@ class WordEncoder:
         Returns:
             token ids of all documents back to back, and the number of tokens of each.
         """
-        text, doc_offsets = np.array(text), np.array(doc_offsets)  # writable, so that kernels meet one type
+        text, doc_offsets = self._normalised(text, doc_offsets)
         num_documents = len(doc_offsets) - 1
         if self._num_arena_bytes > MAX_STORE_BYTES:
             self._reset()
@@ -80,6 +109,21 @@ class WordEncoder:
         expected = self.tokenizer.encode_batch(texts)
         found = [ids[ends[d] - lengths[d] : ends[d] - 1] for d in documents]
         return sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+
+    def _normalised(self, text: Bytes, doc_offsets: Ints) -> tuple[Bytes, Ints]:
+        """The documents as core() takes them. Writable, so that kernels meet one type."""
+        whole = text.tobytes()
+        marks = (*ESCAPED_BYTES,)
+        if self.tokenizer.is_plain and not any(mark in whole for mark in marks):
+            return np.array(text), np.array(doc_offsets)
+        documents = [
+            self.tokenizer.normalised_bytes(part)
+            if not self.tokenizer.is_plain or any(mark in part for mark in marks)
+            else part
+            for part in (whole[a:b] for a, b in pairwise(doc_offsets.tolist()))
+        ]
+        offsets = np.concatenate([[0], np.cumsum([len(part) for part in documents], dtype=np.int64)])
+        return np.frombuffer(bytearray(b"".join(documents)), dtype=np.uint8), offsets.astype(np.int64)
 
     def _reset(self) -> None:
         self._slots = np.zeros(2 * START_CAPACITY, dtype=np.int32)
@@ -111,11 +155,7 @@ class WordEncoder:
         start = int(self._word_start[first_new])
         raw = self._arena[start : int(self._word_start[self._num_words])].tobytes()
         cuts = (self._word_start[first_new : self._num_words + 1] - start).tolist()
-        words = [raw[a:b].decode() for a, b in pairwise(cuts)]
-        if SPACE_MARK in words:
-            encoded: list[Any] = self.tokenizer.encode_batch(words)
-        else:
-            encoded = self.tokenizer.processor.encode(words, num_threads=1)
+        encoded = self._core.encode([raw[a:b] for a, b in pairwise(cuts)], num_threads=1)
         counts = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         new_ids = np.fromiter(chain.from_iterable(encoded), dtype=np.int32, count=int(counts.sum()))
         if self._num_ids + len(new_ids) > len(self._ids):
@@ -125,17 +165,14 @@ class WordEncoder:
         self._num_ids += len(new_ids)
 
 
-def joined_bytes(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+def joined_bytes(tokenizer: SentencePieceTokenizer) -> npt.NDArray[np.bool_]:
     """Table [256, 256]: whether some piece holds byte b right after byte a, or b continues a character."""
     joined = np.zeros((256, 256), dtype=np.bool_)
     joined[:, 0x80:0xC0] = True  # never cut inside a UTF-8 character
-    processor = tokenizer.processor
-    for id_ in range(tokenizer.vocab_size):
-        if not (processor.is_byte(id_) or processor.is_control(id_) or processor.is_unknown(id_)):
-            piece = np.frombuffer(
-                processor.id_to_piece(id_).replace(SPACE_MARK, " ").encode(), dtype=np.uint8
-            )
-            joined[piece[:-1], piece[1:]] = True
+    for piece in tokenizer.proto.pieces:
+        if piece.type in (piece.NORMAL, piece.USER_DEFINED):
+            letters = np.frombuffer(piece.piece.replace(SPACE_MARK, " ").encode(), dtype=np.uint8)
+            joined[letters[:-1], letters[1:]] = True
     return joined
 
 
@@ -143,11 +180,6 @@ def _grown(array: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
     larger = np.zeros(capacity, dtype=array.dtype)
     larger[: len(array)] = array
     return larger
-
-
-@compiled
-def _is_space_mark(text: Any, at: int, end: int) -> bool:
-    return at + 2 < end and text[at] == 0xE2 and text[at + 1] == 0x96 and text[at + 2] == 0x81
 
 
 @compiled
@@ -168,17 +200,11 @@ def _cut_and_look_up(
                 return at, document, num_out, num_words, num_arena_bytes
             hashed = np.uint64(0xCBF29CE484222325)  # FNV-1a, 64 bits
             stop = at
-            if _is_space_mark(text, at, end):
-                stop = at + 3
-                hashed = np.uint64(0x9E3779B97F4A7C15)
-            else:
-                while True:
-                    hashed = (hashed ^ np.uint64(text[stop])) * np.uint64(0x100000001B3)
-                    stop += 1
-                    if stop == end or not joined[text[stop - 1], text[stop]]:
-                        break
-                    if text[stop] == 0xE2 and _is_space_mark(text, stop, end):
-                        break
+            while True:
+                hashed = (hashed ^ np.uint64(text[stop])) * np.uint64(0x100000001B3)
+                stop += 1
+                if stop == end or not joined[text[stop - 1], text[stop]]:
+                    break
             hashed ^= hashed >> np.uint64(29)
             slot = np.int64(hashed & np.uint64(mask))
             word = -1
