@@ -47,6 +47,7 @@ NAMED_ONLY_IN = {  # other people's package -> the only files or folders that ma
         "bench/",
     },
     "sentencepiece": {"data/tokenizer/", "bench/"},
+    "tokenizers": {"data/tokenizer/"},
     "dask": {"data/engines/"},
     "distributed": {"data/engines/"},
     "dask_jobqueue": {"data/engines/slurm.py"},
