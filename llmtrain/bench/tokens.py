@@ -47,8 +47,10 @@ from llmtrain.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from llmtrain.data.tokenizer.tokenizer import Ids
 from llmtrain.data.tokenizer.train import train_tokenizer
 from llmtrain.data.tokenizer.words import WordEncoder
+from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.dataset import Rows
+from llmtrain.loader.mixture import Mixture, Source
 from llmtrain.loader.order import rows_at
 
 log = logging.getLogger(__name__)
@@ -332,10 +334,12 @@ def _rival_rows(
 
 
 def _wait_row(rows: Rows, seed: int) -> Row:
+    source = Source(name="bench", num_rows=rows.num_rows, hash=rows.hash)
+    size = 8 * MICRO_BATCH_ROWS
     batches = Batches(
         rows,
-        seed=seed,
-        global_batch_rows=8 * MICRO_BATCH_ROWS,
+        order=Mixture([source], [(0, {})], seed=seed, block_rows=4096),
+        sizes=BatchSizes.of([], size),
         micro_batch_rows=MICRO_BATCH_ROWS,
         dp_rank=0,
         dp_size=1,
@@ -343,7 +347,7 @@ def _wait_row(rows: Rows, seed: int) -> Row:
     waits: list[float] = []
     for step in range(20):
         began = time.perf_counter()
-        batches.micro_batches(step * batches.global_batch_rows)
+        batches.step(step * size)
         waits.append(time.perf_counter() - began)
         time.sleep(COMPUTE_S)
     batches.close()

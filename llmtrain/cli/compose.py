@@ -121,6 +121,11 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
         prefix = str(error.full_key or error.key).removesuffix(str(error.key))
         known = [f"{prefix}{field.name}" for field in fields(owner)]
         return unknown_name("setting", f"{prefix}{error.key}", known)
+    if unknown and error.full_key and owner is dict:
+        parent = str(error.full_key).rpartition(".")[0]
+        return (
+            f"{parent} has no {error.key}; add names to it with a plus, as in +{parent}={{{error.key}: ...}}"
+        )
     first_line = str(error.msg or error).splitlines()[0] if str(error) else type(error).__name__
     where = f"{error.full_key}: " if error.full_key else ""
     return f"{where}{first_line}"

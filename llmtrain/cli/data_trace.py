@@ -1,25 +1,56 @@
-"""`llmtrain data trace`: from a token or a row of a pack back to document, file and text."""
+"""`llmtrain data trace`: from a token, a row of a pack or a step of a run back to document, file and text."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from llmtrain.cli.compose import run_verb
+from llmtrain.cli.past_step import TracedRow, past_run, traced
 from llmtrain.data.trace import OutputFormat, TraceConfig, Traced, as_json, trace
+from llmtrain.errors import ConfigError
 
 EXCERPT_CHARS = 100
 """Of each document, when a trace touches several."""
 
 
+@dataclass(kw_only=True)
+class TraceRoot(TraceConfig):
+    """What `TraceConfig` takes, or a step of a run."""
+
+    run: str | None = None
+    """A run folder, in place of `folder`: its ledger and its config say what was read."""
+    step: int | None = None
+    """Step of that run, from 1."""
+    rank: int | None = None
+    """Only what this data-parallel rank read; null: all ranks."""
+    micro_batch: int | None = None
+    """Only this micro batch of each rank, from 0; null: all of them."""
+
+    def __post_init__(self) -> None:
+        if self.run is None:
+            if (self.step, self.rank, self.micro_batch) != (None, None, None):
+                raise ConfigError("step, rank and micro_batch belong to a run; give run=RUN_FOLDER")
+            super().__post_init__()
+        elif self.step is None or self.step < 1:
+            raise ConfigError(f"step={self.step} with run={self.run}: steps of a run count from 1")
+        elif (self.folder, self.shard, self.token, self.row) != (None, None, None, None):
+            raise ConfigError("folder, shard, token and row name a place in the data; leave run out for them")
+
+
 def main() -> None:
-    run_verb("data_trace", TraceConfig, show)
+    run_verb("data_trace", TraceRoot, show)
 
 
-def show(cfg: TraceConfig) -> None:
+def show(cfg: TraceRoot) -> None:
+    if cfg.run is not None:
+        show_step(cfg)
+        return
     found = trace(cfg)
     if cfg.format is OutputFormat.json:
         print(json.dumps(as_json(found), ensure_ascii=False, indent=1))
@@ -27,6 +58,30 @@ def show(cfg: TraceConfig) -> None:
     console = Console(highlight=False)
     for line in details(found[0]) if len(found) == 1 else overview(found):
         console.print(line, soft_wrap=True)
+
+
+def show_step(cfg: TraceRoot) -> None:
+    assert cfg.run is not None, "the caller looked"
+    assert cfg.step is not None, "checked by TraceRoot"
+    past = past_run(Path(cfg.run))
+    rows = traced(past, past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch))
+    if cfg.format is OutputFormat.json:
+        print(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1))
+        return
+    console = Console(highlight=False)
+    for row in rows:
+        console.print(headline(row), soft_wrap=True)
+        for line in overview(row.documents):
+            console.print(Text("  ") + line, soft_wrap=True)
+
+
+def headline(row: TracedRow) -> Text:
+    place = row.place
+    return Text(
+        f"row {place.position:,} of the run: rank {place.rank}, micro batch {place.micro_batch}; "
+        f"row {place.row:,} of {place.source}",
+        "bold",
+    )
 
 
 def details(run: Traced) -> list[Text]:

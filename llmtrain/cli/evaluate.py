@@ -73,6 +73,12 @@ def evaluate(cfg: EvaluateRoot) -> None:
     verify(loaded.data_folder, loaded.manifest, content=True)
     data = loaded.state["config"]["data"]
     packing = Packing[data["packing"]]
+    if len(data.get("sources", {})) > 1:
+        log.warning(
+            "the run reads a mixture of %s; this is the held-out text of %s alone, data_folder=FOLDER takes "
+            "another",
+            *(", ".join(data["sources"]), loaded.data_folder),
+        )
     rows = Rows(loaded.data_folder, loaded.manifest, "held_out", data["seq_len"], packing)
     device = loaded.model.embedding.weight.device
     begin = time.perf_counter()

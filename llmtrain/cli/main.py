@@ -14,15 +14,21 @@ VERBS = {
     "train": "train, or resume, or with check_only=true find every mistake first",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
+    "replay": "a step of a past run through the model again: the loss of each document",
+    "inspect": "what shards or a run's ledger hold, and whether it is whole",
     "report": "one self-contained report.html of a run or a data folder",
     "bench": "measure ourselves against the limit or a rival",
 }
 PARTS = {
     "data explain": "every signal, rule and verdict of one document",
-    "data trace": "from a token back to its document and file",
+    "data trace": "from a token, or a step of a run, back to documents and files",
+    "inspect shards": "shards of tokens: what they hold, every byte checked",
+    "inspect ledger": "that a run with its restarts took every row once",
     "data train-quality": "a classifier of good documents, in the format of fastText",
 }
 """What a verb's second word may be. Module and root YAML join both by an underscore."""
+NEED_A_PART = {"inspect"}
+"""Verbs that say nothing without a second word."""
 
 
 def usage() -> str:
@@ -49,6 +55,12 @@ def main() -> None:
         print(f"error: {unknown_name('verb', verb, VERBS)}", file=sys.stderr)
         sys.exit(2)
     words = 2 if " ".join(arguments[:2]) in PARTS else 1
+    if words == 1 and verb in NEED_A_PART:
+        given = f"`{arguments[1]}`" if arguments[1:] else "nothing"
+        parts = [part for part in PARTS if part.startswith(f"{verb} ")]
+        print(f"error: `llmtrain {verb}` needs what to {verb}, and {given} came; there are", file=sys.stderr)
+        print("\n".join(f"  llmtrain {part:<18} {PARTS[part]}" for part in parts), file=sys.stderr)
+        sys.exit(2)
     name = " ".join(arguments[:words])
     module = importlib.import_module(f"llmtrain.cli.{name.replace(' ', '_').replace('-', '_')}")
     sys.argv = [f"llmtrain {name}", *arguments[words:]]

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llmtrain.cli.run_config import data_folder_of
+from llmtrain.data.manifest import Manifest, read_manifest
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
-from llmtrain.files import read_json
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.transformer import Transformer
 from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
@@ -84,6 +84,15 @@ def load_transformer(
     )
 
 
+def load_weights(
+    path: Path, *, device: str | None = None, precision: Precision = Precision.fp32
+) -> tuple[Transformer, CheckpointReader]:
+    """Like `load_transformer`, without tokenizer and data."""
+    where = _pick_device(device)
+    reader, _ = _open_checkpoint(path)
+    return _read_weights(reader, device=where, precision=precision), reader
+
+
 def _open_checkpoint(path: Path) -> tuple[CheckpointReader, Path | None]:
     if not path.is_dir():
         raise CheckpointError(f"no folder {path}; give checkpoint=RUN_FOLDER, as in checkpoint=runs/demo")
@@ -100,19 +109,12 @@ def _open_checkpoint(path: Path) -> tuple[CheckpointReader, Path | None]:
 
 
 def _find_data(reader: CheckpointReader, run_folder: Path | None) -> Path:
-    """The run's data folder, as it was given or relative to where the run was started."""
-    given = Path(reader.state["data_folder"])
-    candidates = [given]
-    facts = None if run_folder is None else run_folder / "run.json"
-    if facts is not None and facts.is_file():
-        candidates += [Path(attempt["working_folder"]) / given for attempt in read_json(facts)["attempts"]]
-    for candidate in candidates:
-        if (candidate / MANIFEST_NAME).is_file():
-            return candidate
-    raise DataError(
-        f"the run's data folder {given} is not at {' or '.join(map(str, candidates))}; it is needed for the "
-        f"tokenizer: give its place as data_folder=FOLDER"
-    )
+    try:
+        return data_folder_of(Path(reader.state["data_folder"]), run_folder)
+    except DataError as error:
+        raise DataError(
+            f"{error}; it is needed for the tokenizer: give its place as data_folder=FOLDER"
+        ) from None
 
 
 def _pick_device(name: str | None) -> torch.device:

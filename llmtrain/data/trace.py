@@ -40,7 +40,7 @@ class OutputFormat(Enum):
 class TraceConfig:
     """Which tokens to trace: `shard` and `token`, `split` and `token`, or `row` of a pack."""
 
-    folder: str
+    folder: str | None = None
     """The data folder."""
     shard: str | None = None
     """A shard's number in its split, its name (`train-00003`) or its path; null: `token` counts over the
@@ -60,6 +60,8 @@ class TraceConfig:
     format: OutputFormat = OutputFormat.text
 
     def __post_init__(self) -> None:
+        if self.folder is None:
+            raise ConfigError("nothing to trace in: give folder=DATA_FOLDER")
         if self.token is None and self.row is None:
             raise ConfigError("nothing to trace: give token=POSITION (with shard= or split=), or row=NUMBER")
         if self.row is not None and self.shard is not None:
@@ -117,16 +119,21 @@ def trace(cfg: TraceConfig) -> list[Traced]:
     Raises:
         DataError: no such shard, row or position, or a damaged folder.
     """
-    folder = Path(cfg.folder)
-    manifest = read_manifest(folder)
-    tokenizer = load_tokenizer(folder / manifest.tokenizer.path)
-    found: list[Traced] = []
-    shards: dict[str, _Shard] = {}
-    for entry, start, length in _runs(cfg, folder, manifest):
-        if entry.path not in shards:
-            shards[entry.path] = _Shard(folder, entry)
-        found += shards[entry.path].traced(start, length, tokenizer)
-    return found
+    folder = Path(str(cfg.folder))
+    tracer = _Tracer(folder, read_manifest(folder))
+    return tracer.traced(_runs(cfg, folder, tracer.manifest))
+
+
+def trace_rows(
+    folder: Path, rows: Sequence[int], *, split: str, seq_len: int, packing: Packing
+) -> list[list[Traced]]:
+    """Trace rows of a pack: for each the documents it holds pieces of, in the order of its segments."""
+    tracer = _Tracer(folder, read_manifest(folder))
+    asked = (
+        TraceConfig(folder=str(folder), split=split, row=row, seq_len=seq_len, packing=packing)
+        for row in rows
+    )
+    return [tracer.traced(_runs_of_row(cfg, folder, tracer.manifest)) for cfg in asked]
 
 
 def as_json(found: list[Traced]) -> list[dict[str, Any]]:
@@ -202,6 +209,24 @@ def _runs_of_row(cfg: TraceConfig, folder: Path, manifest: Manifest) -> Iterator
         if first < last:
             yield shards[number], start + first, last - first
         before += length
+
+
+class _Tracer:
+    """The tokenizer and the shards that were needed so far."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._tokenizer = load_tokenizer(folder / manifest.tokenizer.path)
+        self._shards: dict[str, _Shard] = {}
+
+    def traced(self, runs: Iterator[tuple[ShardEntry, int, int]]) -> list[Traced]:
+        found: list[Traced] = []
+        for entry, start, length in runs:
+            if entry.path not in self._shards:
+                self._shards[entry.path] = _Shard(self.folder, entry)
+            found += self._shards[entry.path].traced(start, length, self._tokenizer)
+        return found
 
 
 class _Shard:

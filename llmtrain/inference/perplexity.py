@@ -6,9 +6,12 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llmtrain.errors import DataError
 from llmtrain.loader.batches import Batch
+from llmtrain.loader.dataset import NO_TARGET
 from llmtrain.model.transformer import Transformer
 
 
@@ -25,6 +28,22 @@ def held_out_loss(
         )
         num_targets += there.num_valid
     return loss_sum, num_targets
+
+
+@torch.no_grad()
+def losses_of_tokens(model: Transformer, batch: Batch, *, device: torch.device | str = "cpu") -> Tensor:
+    """Return the loss of each target in nats, [B, S] on the CPU in fp32; 0 where there is no target.
+
+    A row at a time, because logits of a whole batch would not fit where its loss does.
+    """
+    there, rows = batch.to(torch.device(device)), []
+    for row in range(len(batch.tokens_BS)):
+        one = slice(row, row + 1)
+        logits_SV = model(there.tokens_BS[one], there.positions_BS[one], there.segments_BS[one])[0].float()
+        rows.append(
+            F.cross_entropy(logits_SV, there.targets_BS[row], ignore_index=NO_TARGET, reduction="none").cpu()
+        )
+    return torch.stack(rows)
 
 
 def perplexity(loss_sum: float, num_targets: int) -> float:

@@ -1,6 +1,6 @@
 """Batches for one rank: its rows are arithmetic on the run's position, so any layout reads the same rows.
 
-The step that begins at position p consumes rows p .. p + global_batch_rows - 1 of the order. Data-parallel
+The step that begins at position p consumes the next `sizes.rows_at(p)` rows of the order. Data-parallel
 rank r takes the r-th of dp_size equal parts, micro batch by micro batch. Nothing else is state: a resumed
 run needs p alone, and may change dp_size and micro_batch_rows.
 """
@@ -8,18 +8,21 @@ run needs p alone, and may change dp_size and micro_batch_rows.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llmtrain.errors import ConfigError
-from llmtrain.loader.dataset import NO_TARGET, Row, Rows
-from llmtrain.loader.order import rows_at
+from llmtrain.errors import ConfigError, DataError
+from llmtrain.loader.batch_sizes import BatchSizes
+from llmtrain.loader.dataset import NO_TARGET, Row
+from llmtrain.loader.ledger import MASK_64, hash_rows
 
 NO_ROW = -1
 """In `Batch.rows`: a row that only fills up the batch, all of it masked."""
@@ -27,6 +30,8 @@ NO_ROW = -1
 
 CLOSE_TIMEOUT_S = 10.0
 """A read that hangs longer, on a file system that went away, is left to its fate."""
+READ_TIMEOUT_S = 1800.0
+"""A read that takes longer is an error. Network file systems hang for minutes when a server fails over."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,16 @@ class Batch:
     rows: npt.NDArray[np.int64]
     """Row numbers in the pack, or NO_ROW."""
 
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes."""
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS.pin_memory(),
+            targets_BS=self.targets_BS.pin_memory(),
+            positions_BS=self.positions_BS.pin_memory(),
+            segments_BS=self.segments_BS.pin_memory(),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         return replace(
@@ -57,78 +72,143 @@ class Batch:
         )
 
 
-class Batches:
-    """This rank's micro batches of every step, and of the held-out rows.
+@dataclass(frozen=True)
+class StepBatches:
+    """What one rank feeds to one step."""
 
-    While a step computes, a thread reads the next one; an error in it is raised by the call that asks for
-    that step. Call `close` before the process ends: a thread that is still inside torch when the interpreter
-    goes aborts the process.
+    micro_batches: list[Batch]
+    tokens_hash: int
+    """Of this rank's rows; the sum over ranks, modulo 2^64, is the step's (loader/ledger.py)."""
+
+
+class Order(Protocol):
+    """Which row is at which position of a run."""
+
+    def rows_at(self, positions: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]: ...
+
+
+class RowReader(Protocol):
+    """What reads rows."""
+
+    num_rows: int
+
+    def read_many(self, rows: npt.NDArray[np.integer[Any]]) -> Row: ...
+
+
+class Batches:
+    """This rank's micro batches of every step.
+
+    While a step computes, a thread reads the next `prefetch_steps`; an error in it is raised, with its
+    traceback, by the call that asks for that step, and so is that a read takes longer than `timeout_s`. Call
+    `close` before the process ends: a thread that is still inside torch when the interpreter goes aborts the
+    process.
     """
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowReader,
         *,
-        seed: int,
-        global_batch_rows: int,
+        order: Order,
+        sizes: BatchSizes,
         micro_batch_rows: int,
         dp_rank: int,
         dp_size: int,
-        prefetch: bool = True,
+        prefetch_steps: int = 2,
+        pin_memory: bool = False,
+        timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
-        check_split(global_batch_rows=global_batch_rows, micro_batch_rows=micro_batch_rows, dp_size=dp_size)
+        for size in sizes.sizes:
+            check_split(global_batch_rows=size, micro_batch_rows=micro_batch_rows, dp_size=dp_size)
         assert 0 <= dp_rank < dp_size, f"{dp_rank=} is outside {dp_size=}"
         self.rows = rows
-        self.seed = seed
-        self.global_batch_rows = global_batch_rows
+        self.order = order
+        self.sizes = sizes
         self.micro_batch_rows = micro_batch_rows
         self.dp_rank = dp_rank
         self.dp_size = dp_size
-        self.prefetch = prefetch
-        self._next: tuple[int, Future[list[Batch]]] | None = None
+        self.prefetch_steps = prefetch_steps
+        self.pin_memory = pin_memory
+        self.timeout_s = timeout_s
+        self._ahead: dict[int, Future[StepBatches]] = {}
+        """By the position of the step; in the order in which they are read."""
+        self._wake = threading.Condition()
+        self._queue: deque[tuple[int, Future[StepBatches]]] = deque()
         self._thread: threading.Thread | None = None
+        self._is_closed = False
 
-    def micro_batches(self, position: int) -> list[Batch]:
-        """This rank's micro batches of the step that begins at row `position`, in their order.
+    def step(self, position: int) -> StepBatches:
+        """This rank's part of the step that begins at row `position`.
 
         Raises:
-            DataError: A shard is missing or damaged; the message names the row and the file.
+            DataError: A shard is missing or damaged; the message names the row and the file. A read that
+                does not come back.
         """
-        ready, self._next = self._next, None
-        batches = ready[1].result() if ready is not None and ready[0] == position else self._read(position)
-        if self.prefetch:
-            self._next = self._read_in_background(position + self.global_batch_rows)
-        return batches
+        ready = self._ahead.pop(position, None)
+        if ready is None:
+            self._forget()  # the run jumped
+            found = self._read(position)
+        else:
+            try:
+                found = ready.result(timeout=self.timeout_s)
+            except TimeoutError:
+                raise DataError(
+                    f"reading the step at row {position:,} has not come back after {self.timeout_s:g} s; is "
+                    "the file system of the data there? The thread that reads is still waiting for it"
+                ) from None
+        if self.prefetch_steps:
+            self._read_ahead(position + self.sizes.rows_at(position))
+        return found
 
-    def _read(self, position: int) -> list[Batch]:
-        per_rank = self.global_batch_rows // self.dp_size
+    def _read(self, position: int) -> StepBatches:
+        per_rank = self.sizes.rows_at(position) // self.dp_size
         first = position + self.dp_rank * per_rank
-        rows = self._order(np.arange(first, first + per_rank))
-        return [
-            _to_batch(self.rows.read_many(part), part) for part in rows.reshape(-1, self.micro_batch_rows)
-        ]
+        rows = self.order.rows_at(np.arange(first, first + per_rank))
+        micro_batches, total = [], 0
+        for number, part in enumerate(rows.reshape(-1, self.micro_batch_rows)):
+            block = self.rows.read_many(part)
+            total += hash_rows(first + number * self.micro_batch_rows, block.tokens)
+            batch = to_batch(block, part)
+            micro_batches.append(batch.pinned() if self.pin_memory else batch)
+        return StepBatches(micro_batches, total & MASK_64)
 
-    def _order(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return rows_at(positions, num_rows=self.rows.num_rows, seed=self.seed, pack_hash=self.rows.hash)
+    def _read_ahead(self, position: int) -> None:
+        with self._wake:
+            for _ in range(self.prefetch_steps):
+                if position not in self._ahead:
+                    self._ahead[position] = Future()
+                    self._queue.append((position, self._ahead[position]))
+                position += self.sizes.rows_at(position)
+            self._wake.notify()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="read rows ahead", daemon=True)
+            self._thread.start()
 
-    def _read_in_background(self, position: int) -> tuple[int, Future[list[Batch]]]:
-        future: Future[list[Batch]] = Future()
-
-        def run() -> None:
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._queue or self._is_closed)
+                if self._is_closed:
+                    return
+                position, future = self._queue.popleft()
             try:
                 future.set_result(self._read(position))
-            except Exception as error:  # raised where the result is asked for
+            except BaseException as error:  # raised where the result is asked for
                 future.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name=f"read rows from {position}", daemon=True)
-        self._thread.start()
-        return position, future
+    def _forget(self) -> None:
+        with self._wake:
+            self._queue.clear()
+            self._ahead.clear()
 
     def close(self) -> None:
         """Wait for the read that is under way, and forget it."""
+        with self._wake:
+            self._is_closed = True
+            self._wake.notify()
         if self._thread is not None:
             self._thread.join(timeout=CLOSE_TIMEOUT_S)
-        self._thread = self._next = None
+        self._thread = None
+        self._forget()
 
 
 def check_split(*, global_batch_rows: int, micro_batch_rows: int, dp_size: int) -> None:
@@ -143,7 +223,7 @@ def check_split(*, global_batch_rows: int, micro_batch_rows: int, dp_size: int) 
 
 
 def held_out_batches(
-    rows: Rows, *, micro_batch_rows: int, dp_rank: int, dp_size: int, max_rows: int | None = None
+    rows: RowReader, *, micro_batch_rows: int, dp_rank: int, dp_size: int, max_rows: int | None = None
 ) -> Iterator[Batch]:
     """Yield this rank's part of `max_rows` rows spread evenly over the split (None: all of it), in order.
 
@@ -160,10 +240,11 @@ def held_out_batches(
         chosen = np.minimum(numbers, num_rows - 1) * rows.num_rows // max(1, num_rows)
         block = rows.read_many(chosen)
         block.targets[~is_real] = NO_TARGET
-        yield _to_batch(block, np.where(is_real, chosen, NO_ROW))
+        yield to_batch(block, np.where(is_real, chosen, NO_ROW))
 
 
-def _to_batch(block: Row, rows: npt.NDArray[np.int64]) -> Batch:
+def to_batch(block: Row, rows: npt.NDArray[np.int64]) -> Batch:
+    """Wrap rows that were read; `rows` are their numbers."""
     return Batch(
         tokens_BS=torch.from_numpy(block.tokens),
         targets_BS=torch.from_numpy(block.targets),

@@ -225,6 +225,8 @@ def findings_of(run: RunData) -> Iterator[Finding]:
             "bad", f"The loss was not finite in {plural(len(not_finite), 'step')}, first {not_finite[0]:,}."
         )
     yield from _generalisation(run)
+    if run.manifest_note:
+        yield Finding("info", run.manifest_note)
     epochs = run.num_epochs()
     if epochs is not None:
         level = "info" if epochs <= MAX_EPOCHS_AS_GOOD_AS_NEW else "warn"

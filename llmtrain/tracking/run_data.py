@@ -224,7 +224,10 @@ def _read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def _find_manifest(config: dict[str, Any], facts: list[dict[str, Any]]) -> tuple[Manifest | None, str]:
-    given = (config.get("data") or {}).get("folder")
+    data = config.get("data") or {}
+    if sources := data.get("sources"):
+        return None, f"The run reads a mixture of {', '.join(sources)}: each folder has a report of its own."
+    given = data.get("folder")
     if not given:
         return None, "The run's config names no data folder."
     started_in = [Path(entry["working_folder"]) for entry in facts if entry.get("working_folder")]

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from llmtrain import files
-from llmtrain.data.manifest import Manifest, read_manifest, verify
+from llmtrain.data.manifest import verify
 from llmtrain.errors import EXIT_FAILED, DiskError, LLMTrainError
 from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
-from llmtrain.loader.dataset import Rows
+from llmtrain.loader.ledger import LEDGER_NAME, Attempt, LedgerWriter
+from llmtrain.loader.open import OpenData, open_data
 from llmtrain.model.init import initial_weight
 from llmtrain.model.transformer import Transformer
 from llmtrain.tracking.facts import record_start
@@ -48,7 +49,9 @@ class Start:
 
     attempt: int
     checkpoint: str | None
-    manifest_hash: str
+    data_hash: str
+    accepted_change: bool
+    """Whether the checkpoint was trained on other data, and the user said that is meant."""
 
 
 def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command: Sequence[str]) -> None:
@@ -68,15 +71,8 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size))
         if start is None:
             return
-        manifest = read_manifest(Path(cfg.data.folder))
-        _together(lambda: _verify_share(cfg, manifest, rank=rank, world_size=world_size))
-        rows, held_out = (
-            Rows(
-                *(Path(cfg.data.folder), manifest, split, cfg.data.seq_len, cfg.data.packing),
-                verify=cfg.data.verify,
-            )
-            for split in ("train", "held_out")
-        )
+        data = open_data(cfg.data, seed=cfg.run.seed)
+        _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
         start_up.mark("checks")
 
         with build_context(cfg.train, cfg.parallel, dp_size=world_size):
@@ -84,12 +80,14 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         engine = Engine(model, device=device, train=cfg.train, parallel=cfg.parallel, optimizer=cfg.optimizer)
         progress = _load(cfg, engine, start)
         batches = Batches(
-            rows,
-            seed=cfg.run.seed,
-            global_batch_rows=cfg.train.global_batch_rows,
+            data.train,
+            order=data.order,
+            sizes=cfg.batch_sizes,
             micro_batch_rows=cfg.train.micro_batch_rows,
             dp_rank=rank,
             dp_size=world_size,
+            prefetch_steps=cfg.data.prefetch_steps,
+            pin_memory=device.type == "cuda",
         )
         stack.callback(batches.close)
         start_up.mark("model")
@@ -111,13 +109,37 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                     metrics=folder.metrics,
                     attempt=start.attempt,
                     start_step=progress.step,
-                    total_steps=progress.step + _steps_left(cfg, progress),
+                    total_steps=max(progress.step, cfg.total_steps),
                     run_name=cfg.run.name,
                     run_config=files.plain(cfg),
                 )
             )
 
+        def open_ledger() -> LedgerWriter | None:
+            if rank != 0:
+                return None
+            sizes = cfg.batch_sizes
+            ledger = LedgerWriter(
+                folder.path / LEDGER_NAME,
+                Attempt(
+                    attempt=start.attempt,
+                    step=progress.step,
+                    position=progress.position,
+                    world_size=world_size,
+                    micro_batch_rows=cfg.train.micro_batch_rows,
+                    seq_len=cfg.data.seq_len,
+                    seed=cfg.run.seed,
+                    starts=list(sizes.starts),
+                    sizes=list(sizes.sizes),
+                    data_hash=start.data_hash,
+                    accepted_change=start.accepted_change,
+                ),
+            )
+            stack.callback(ledger.close)
+            return ledger
+
         recorder = _together(open_recorder)
+        ledger = _together(open_ledger)
         what = "start" if progress.step == 0 else "resume"
         has_peak = cfg.train.device_peak_tflops is not None
         recorder.event(
@@ -141,7 +163,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 folder.checkpoints,
                 step=step,
                 pieces=engine.pieces(),
-                state=_state(cfg, engine, manifest, start, position=position),
+                state=_state(cfg, engine, data, start, position=position),
                 rank=rank,
                 world_size=world_size,
                 barrier=dist.barrier,
@@ -150,7 +172,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             )
 
         try:
-            train(cfg, engine, batches, held_out, progress, recorder, save, stop, start_up)
+            train(cfg, engine, batches, data.held_out, progress, recorder, ledger, save, stop, start_up)
         except LLMTrainError:  # every rank has it
             if rank != 0:
                 sys.exit(EXIT_FAILED)  # rank 0 says why
@@ -178,15 +200,21 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
     return Start(
         attempt=next_attempt(folder.metrics),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
-        manifest_hash=read_manifest(Path(cfg.data.folder)).hash(cfg.data.seq_len, cfg.data.packing.name),
+        data_hash=open_data(cfg.data, seed=cfg.run.seed).hash,
+        accepted_change=found.accepted_change,
     )
 
 
-def _verify_share(cfg: TrainRoot, manifest: Manifest, *, rank: int, world_size: int) -> None:
+def _verify_share(cfg: TrainRoot, data: OpenData, *, rank: int, world_size: int) -> None:
     """Compare the contents of this rank's share of the shards with their hashes: all ranks read at once."""
     if cfg.data.verify is Verify.start:
-        share = replace(manifest, shards=manifest.shards[rank::world_size])
-        verify(Path(cfg.data.folder), replace(share, packs=manifest.packs if rank == 0 else []), content=True)
+        for name, manifest in data.manifests.items():
+            share = replace(
+                manifest,
+                shards=manifest.table[rank::world_size],
+                packs=manifest.packs if rank == 0 else [],
+            )
+            verify(data.folders[name], share, content=True)
 
 
 def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
@@ -222,9 +250,7 @@ def _fresh_weights(cfg: TrainRoot, engine: Engine) -> FlatSource:
     return source
 
 
-def _state(
-    cfg: TrainRoot, engine: Engine, manifest: Manifest, start: Start, *, position: int
-) -> dict[str, Any]:
+def _state(cfg: TrainRoot, engine: Engine, data: OpenData, start: Start, *, position: int) -> dict[str, Any]:
     """What a resume needs beside tensors, and what tells a reader how these weights came to be."""
     return {
         "position": position,
@@ -233,18 +259,13 @@ def _state(
         "attempt": start.attempt,
         "config": files.plain(cfg),
         "model": files.plain(cfg.model),
-        "data_folder": cfg.data.folder,
-        "manifest_hash": start.manifest_hash,
-        "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
+        "data_folder": str(next(iter(data.folders.values()))),
+        "data_hash": start.data_hash,
+        "tokenizer_fingerprint": data.manifest.tokenizer.fingerprint,
         "world_size": engine.dp_size,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
-
-
-def _steps_left(cfg: TrainRoot, progress: Progress) -> int:
-    rows_left = -(-cfg.train.total_tokens // cfg.data.seq_len) - progress.position
-    return max(0, -(-rows_left // cfg.train.global_batch_rows))
 
 
 def _together(work: Callable[[], Result]) -> Result:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmtrain import files
-from llmtrain.data.manifest import Manifest, read_manifest
+from llmtrain.data.manifest import read_manifest
 from llmtrain.data.manifest import verify as verify_files
-from llmtrain.errors import ConfigError, LLMTrainError
+from llmtrain.errors import ConfigError, DataError, LLMTrainError
+from llmtrain.loader.open import OpenData, open_data
 from llmtrain.model.size import num_params
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
 from llmtrain.train.config import Intent, Precision, TrainRoot
@@ -38,8 +39,16 @@ FREE_AT_RESUME = (
     "run.plan",
     "run.init_from",
     "data.folder",
+    "data.sources",
+    "data.stages",
+    "data.on_exhausted",
+    "data.block_rows",
+    "data.locality",
+    "data.packing",
     "data.max_epochs",
     "data.verify",
+    "data.prefetch_steps",
+    "data.accept_changed",
     "tracking",
     "parallel",
     "train.micro_batch_rows",
@@ -51,7 +60,8 @@ FREE_AT_RESUME = (
     "train.device_peak_tflops",
     "train.device_peak_source",
 )
-"""Settings that do not enter the losses of the steps to come. Any other change is allowed, and reported."""
+"""Settings that do not enter the losses of the steps to come, or that the hash of the data answers for. Any
+other change is allowed, and reported."""
 
 
 @dataclass
@@ -63,6 +73,8 @@ class Findings:
     """What the run will be, with the sums behind it."""
     checkpoint: Path | None = None
     """Where the run would start from; None for fresh weights."""
+    accepted_change: bool = False
+    """Whether a resume would go on with other data, as the user asked."""
 
     def raise_if_any(self) -> None:
         if self.problems:
@@ -79,8 +91,8 @@ def check_train(cfg: TrainRoot, *, world_size: int | None, verify: bool = False)
     found = Findings()
     _check_ranks(cfg, world_size, found)
     _check_schedule(cfg, found)
-    manifest = _check_data(cfg, found)
-    _check_start(cfg, manifest, found, verify=verify)
+    data = _check_data(cfg, found)
+    _check_start(cfg, data, found, verify=verify)
     _check_disk(cfg, found)
     return found
 
@@ -94,20 +106,26 @@ def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> Non
         )
     ranks = world_size or expected
     rows, micro = cfg.train.global_batch_rows, cfg.train.micro_batch_rows
+    named = {f"train.batch_ramp[{at}].rows": stage.rows for at, stage in enumerate(cfg.train.batch_ramp)}
+    named["train.global_batch_rows"] = rows
     if ranks is None:
         found.facts.append("ranks: not known here; give parallel.world_size to check the batch against them")
-    elif rows % (micro * ranks):
-        found.problems.append(
-            f"train.global_batch_rows={rows} is not a multiple of train.micro_batch_rows * ranks = "
+    elif uneven := [name for name, size in named.items() if size % (micro * ranks)]:
+        found.problems += [
+            f"{name}={named[name]} is not a multiple of train.micro_batch_rows * ranks = "
             f"{micro} * {ranks} = {micro * ranks}; change one of them"
-        )
+            for name in uneven
+        ]
     else:
         accumulation = rows // (micro * ranks)
         found.facts.append(
-            f"global batch {cfg.step_tokens:,} tokens = {micro} rows x {cfg.data.seq_len} x {accumulation} "
-            f"accumulation x {ranks} dp; {cfg.total_steps:,} steps = "
-            f"{cfg.total_steps * cfg.step_tokens:,} tokens"
+            f"global batch {rows * cfg.data.seq_len:,} tokens = {micro} rows x {cfg.data.seq_len} x "
+            f"{accumulation} accumulation x {ranks} dp; {cfg.total_steps:,} steps = "
+            f"{cfg.total_rows * cfg.data.seq_len:,} tokens"
         )
+        for start, size in zip(cfg.batch_sizes.starts, cfg.batch_sizes.sizes, strict=True):
+            if cfg.train.batch_ramp:
+                found.facts.append(f"batch ramp: {size:,} rows a step from row {start:,} on")
     if cfg.train.precision is Precision.bf16 and cfg.parallel.zero_stage == 0:
         found.problems.append(
             "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 gives "
@@ -134,54 +152,68 @@ def _check_schedule(cfg: TrainRoot, found: Findings) -> None:
         )
 
 
-def _check_data(cfg: TrainRoot, found: Findings) -> Manifest | None:
-    folder = Path(cfg.data.folder)
+def _check_data(cfg: TrainRoot, found: Findings) -> OpenData | None:
     try:
-        manifest = read_manifest(folder)
-        shard_bytes = sum(shard.num_bytes for shard in manifest.shards)
-        verify_files(folder, manifest, content=cfg.check_only and shard_bytes <= VERIFY_CONTENT_BELOW_BYTES)
-        pack = manifest.pack("train", cfg.data.seq_len, cfg.data.packing.name)
-        held_out = manifest.pack("held_out", cfg.data.seq_len, cfg.data.packing.name)
+        for folder in [cfg.data.folder] if cfg.data.folder else [s.folder for s in cfg.data.sources.values()]:
+            _check_folder(cfg, Path(str(folder)), found)
+        data = open_data(cfg.data, seed=cfg.run.seed)
     except LLMTrainError as error:
         found.problems.append(str(error))
         return None
+    where = ", ".join(map(str, data.folders.values()))
+    vocab_size = data.manifest.tokenizer.vocab_size
+    if cfg.model.vocab_size < vocab_size:
+        found.problems.append(
+            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer in "
+            f"{where}, {vocab_size}; set model.vocab_size to that or more"
+        )
+    elif cfg.model.vocab_size > vocab_size:
+        found.warnings.append(
+            f"model.vocab_size={cfg.model.vocab_size} is more than the tokenizer's "
+            f"{vocab_size}: the rows of the embedding above it are padding"
+        )
+    num_rows, needed = data.train.num_rows, cfg.total_rows
+    epochs = needed / num_rows
+    if cfg.data.sources:
+        found.problems += data.order.check(needed)
+        for name, rows in data.order.rows_by_source(needed).items():
+            own = data.train.parts[name].num_rows
+            found.facts.append(
+                f"source {name}: {rows:,} of {needed:,} rows ({rows / needed:.1%}), {rows / own:.2f} epochs "
+                f"of its {own:,}"
+            )
+    elif epochs > cfg.data.max_epochs:
+        most = "of up to" if cfg.train.batch_ramp else "x"
+        found.problems.append(
+            f"too little data: {cfg.total_steps:,} steps {most} {cfg.train.global_batch_rows} rows need "
+            f"{needed:,} rows, {epochs:.1f} epochs of the {num_rows:,} in {where}, and data.max_epochs="
+            f"{cfg.data.max_epochs:g}; add text, lower train.total_tokens, or raise data.max_epochs"
+        )
+    else:
+        found.facts.append(f"data: {num_rows:,} rows of {cfg.data.seq_len} tokens, {epochs:.2f} epochs")
+    if (cfg.train.eval_rows or 0) > data.held_out.num_rows:
+        found.warnings.append(
+            f"train.eval_rows={cfg.train.eval_rows} is more than the held-out split's "
+            f"{data.held_out.num_rows}: an evaluation reads all of them"
+        )
+    return data
+
+
+def _check_folder(cfg: TrainRoot, folder: Path, found: Findings) -> None:
+    """The files of one data folder."""
+    manifest = read_manifest(folder)
+    shard_bytes = int(manifest.table.records["num_bytes"].sum())
+    verify_files(folder, manifest, content=cfg.check_only and shard_bytes <= VERIFY_CONTENT_BELOW_BYTES)
     if cfg.check_only and shard_bytes > VERIFY_CONTENT_BELOW_BYTES:
         found.facts.append(
             f"shards: {format_bytes(shard_bytes)}, sizes compared, contents not (too large for this check)"
         )
-    if cfg.model.vocab_size < manifest.tokenizer.vocab_size:
-        found.problems.append(
-            f"model.vocab_size={cfg.model.vocab_size} is smaller than the vocabulary of the tokenizer in "
-            f"{folder}, {manifest.tokenizer.vocab_size}; set model.vocab_size to that or more"
-        )
-    elif cfg.model.vocab_size > manifest.tokenizer.vocab_size:
-        found.warnings.append(
-            f"model.vocab_size={cfg.model.vocab_size} is more than the tokenizer's "
-            f"{manifest.tokenizer.vocab_size}: the rows of the embedding above it are padding"
-        )
-    needed = cfg.total_steps * cfg.train.global_batch_rows
-    epochs = needed / max(1, pack.num_rows)
-    if epochs > cfg.data.max_epochs:
-        found.problems.append(
-            f"too little data: {cfg.total_steps:,} steps x {cfg.train.global_batch_rows} rows need "
-            f"{needed:,} rows, {epochs:.1f} epochs of the {pack.num_rows:,} in {folder}, and data.max_epochs="
-            f"{cfg.data.max_epochs:g}; add text, lower train.total_tokens, or raise data.max_epochs"
-        )
-    else:
-        found.facts.append(f"data: {pack.num_rows:,} rows of {cfg.data.seq_len} tokens, {epochs:.2f} epochs")
-    if (cfg.train.eval_rows or 0) > held_out.num_rows:
-        found.warnings.append(
-            f"train.eval_rows={cfg.train.eval_rows} is more than the held-out split's {held_out.num_rows}: "
-            f"an evaluation reads all of them"
-        )
-    if held_out.num_rows == 0:
-        found.problems.append(
-            f"the held-out split in {folder} has no rows; raise its share in `llmtrain data`"
-        )
-    return manifest
+    manifest.pack("train", cfg.data.seq_len, cfg.data.packing.name)
+    if manifest.pack("held_out", cfg.data.seq_len, cfg.data.packing.name).num_rows == 0:
+        raise DataError(f"the held-out split in {folder} has no rows; raise its share in `llmtrain data`")
 
 
-def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings, *, verify: bool) -> None:
+def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings, *, verify: bool) -> None:
     if cfg.run.plan is not None and not Path(cfg.run.plan).is_file():
         found.problems.append(
             f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
@@ -197,25 +229,36 @@ def _check_start(cfg: TrainRoot, manifest: Manifest | None, found: Findings, *, 
         return
     if cfg.run.intent is Intent.warm_start:
         found.facts.append(f"start: step 0 with the weights of {path}")
-        _check_warm_start(cfg, manifest, reader, found)
+        _check_warm_start(cfg, data, reader, found)
         return
     found.facts.append(f"start: step {reader.step} from {path}")
     fixed, changed = compare_to_checkpoint(cfg, reader)
     found.problems.extend(fixed)
     found.warnings.extend(changed)
-    if manifest is None or reader.state["config"]["data"]["seq_len"] != cfg.data.seq_len:
+    if data is None or reader.state["config"]["data"]["seq_len"] != cfg.data.seq_len:
         return  # said above
-    now, then = manifest.hash(cfg.data.seq_len, cfg.data.packing.name), reader.state["manifest_hash"]
-    if now != then:
+    now, then = data.hash, reader.state["data_hash"]
+    if now == then:
+        return
+    where = ", ".join(map(str, data.folders.values()))
+    told = (
+        f"the data in {where} is not what step {reader.step} was trained on, or it comes in another order "
+        f"(hash {now[:12]}, checkpoint {then[:12]})"
+    )
+    if cfg.data.accept_changed:
+        found.accepted_change = True
+        found.warnings.append(
+            f"{told}; data.accept_changed=true: going on at row {reader.state['position']:,}"
+        )
+    else:
         found.problems.append(
-            f"the data in {cfg.data.folder} is not what step {reader.step} was trained on (manifest "
-            f"{now[:12]}, checkpoint {then[:12]}); point data.folder at the old data, or use "
-            f"run.intent=warm_start to go on with other data"
+            f"{told}; point data.folder at the old data, set data.accept_changed=true to go on with what is "
+            "there now, or use run.intent=warm_start to begin anew with these weights"
         )
 
 
 def _check_warm_start(
-    cfg: TrainRoot, manifest: Manifest | None, reader: CheckpointReader, found: Findings
+    cfg: TrainRoot, data: OpenData | None, reader: CheckpointReader, found: Findings
 ) -> None:
     old, new = _flatten(reader.state["config"]["model"]), _flatten(files.plain(cfg.model))
     for name in sorted(old.keys() | new.keys()):
@@ -230,9 +273,10 @@ def _check_warm_start(
                 f"the model's shape"
             )
     then = reader.state["tokenizer_fingerprint"]
-    if manifest is not None and manifest.tokenizer.fingerprint != then:
+    if data is not None and (now := data.manifest.tokenizer.fingerprint) != then:
+        where = ", ".join(map(str, data.folders.values()))
         found.problems.append(
-            f"the tokenizer of {cfg.data.folder} ({manifest.tokenizer.fingerprint[:12]}) is not the one that "
+            f"the tokenizer of {where} ({now[:12]}) is not the one that "
             f"run.init_from was trained with ({then[:12]}): its weights would read other words; make the "
             f"data with tokenizer.path set to the old one"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from llmtrain.errors import ConfigError
+from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.config import LoaderConfig
 from llmtrain.model.config import ModelConfig
 from llmtrain.parallel.config import ParallelConfig
@@ -65,6 +66,16 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
+class RampConfig:
+    """A stage of a rising batch."""
+
+    until_tokens: int
+    """Input positions consumed at which the next stage begins; a step under way is finished first."""
+    rows: int
+    """Rows of a step in this stage, over all ranks."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     total_tokens: int
     """Input positions to train on, repeats included; rounded up to whole steps."""
@@ -72,6 +83,8 @@ class TrainConfig:
     """Rows of seq_len tokens in one optimizer update, over all ranks."""
     micro_batch_rows: int
     """Rows that one rank feeds to one forward pass."""
+    batch_ramp: list[RampConfig] = field(default_factory=list)
+    """Smaller or larger steps at the beginning; after the last stage a step has global_batch_rows."""
     precision: Precision = Precision.fp32
     grad_clip: float = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
@@ -113,6 +126,15 @@ class TrainConfig:
                 f"train.global_batch_rows={self.global_batch_rows} is not a multiple of "
                 f"train.micro_batch_rows={self.micro_batch_rows}; every micro batch must be full"
             )
+        bounds = [stage.until_tokens for stage in self.batch_ramp]
+        if bounds != sorted(set(bounds)) or min(bounds, default=1) < 1:
+            raise ConfigError(f"train.batch_ramp: until_tokens={bounds} must rise, from 1 on")
+        for stage in self.batch_ramp:
+            if stage.rows < 1 or stage.rows % self.micro_batch_rows:
+                raise ConfigError(
+                    f"train.batch_ramp: rows={stage.rows} is not a positive multiple of "
+                    f"train.micro_batch_rows={self.micro_batch_rows}; every micro batch must be full"
+                )
         if self.process_group_timeout_s <= 0:
             raise ConfigError(f"train.process_group_timeout_s={self.process_group_timeout_s} must be above 0")
         if (self.device_peak_tflops is None) != (self.device_peak_source is None):
@@ -190,10 +212,17 @@ class TrainRoot:
     """Find every mistake that can be found without ranks, say them all, and start nothing."""
 
     @property
-    def step_tokens(self) -> int:
-        return self.train.global_batch_rows * self.data.seq_len
+    def batch_sizes(self) -> BatchSizes:
+        """Rows of every step, as a function of its position."""
+        ramp = [(-(-stage.until_tokens // self.data.seq_len), stage.rows) for stage in self.train.batch_ramp]
+        return BatchSizes.of(ramp, self.train.global_batch_rows)
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of an uninterrupted run, whole steps."""
+        return self.batch_sizes.position_of(self.total_steps)
 
     @property
     def total_steps(self) -> int:
         """Optimizer updates of an uninterrupted run."""
-        return -(-self.train.total_tokens // self.step_tokens)
+        return self.batch_sizes.steps_before(-(-self.train.total_tokens // self.data.seq_len))

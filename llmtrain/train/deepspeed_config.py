@@ -15,10 +15,11 @@ from llmtrain.train.config import Precision, TrainConfig
 def deepspeed_config(train: TrainConfig, parallel: ParallelConfig, *, dp_size: int) -> dict[str, Any]:
     """Keys are checked by a test against DeepSpeed's own readers: it accepts unknown top-level keys in
     silence."""
+    rows = max([train.global_batch_rows, *(stage.rows for stage in train.batch_ramp)])
     return {
-        "train_batch_size": train.global_batch_rows,
+        "train_batch_size": rows,  # the most; the engine says where each step ends
         "train_micro_batch_size_per_gpu": train.micro_batch_rows,
-        "gradient_accumulation_steps": train.global_batch_rows // (train.micro_batch_rows * dp_size),
+        "gradient_accumulation_steps": rows // (train.micro_batch_rows * dp_size),
         "gradient_clipping": train.grad_clip,  # DeepSpeed clips at 1.0 when the key is absent
         "bf16": {"enabled": train.precision is Precision.bf16},
         "zero_optimization": {

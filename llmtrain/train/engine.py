@@ -33,6 +33,7 @@ from torch._C._distributed_c10d import HashStore
 
 from llmtrain.errors import LaunchError
 from llmtrain.loader.batches import Batch
+from llmtrain.loader.ledger import MASK_64
 from llmtrain.parallel.config import ParallelConfig
 from llmtrain.train.checkpoint import Piece
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
@@ -53,6 +54,7 @@ FlatSource = Callable[[str, str, int, int], NDArray[np.float32]]
 """(kind, parameter name, start, length) -> that part of the flattened logical tensor."""
 
 OPTIMIZER_KINDS = ("exp_avg", "exp_avg_sq")
+_LOW_32 = 2**32 - 1
 
 
 def init_ranks(*, timeout_s: float) -> torch.device:
@@ -162,9 +164,9 @@ class Engine:
     # ---------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
-        """One optimizer update from this rank's micro batches. Every rank calls it with as many."""
-        gas = self._engine.gradient_accumulation_steps()
-        assert len(micro_batches) == gas, f"{len(micro_batches)} micro batches, DeepSpeed was told {gas}"
+        """One optimizer update from this rank's micro batches. Every rank calls it with as many; another step
+        may have another number."""
+        gas = self._engine.gradient_accumulation_steps()  # what DeepSpeed divides by, however many there are
         num_valid = self._sum_over_ranks(float(sum(batch.num_valid for batch in micro_batches)))
         divisor = max(1.0, num_valid)  # a step of padding only has no gradient, and is no division by zero
         scale = gas * self.dp_size / divisor
@@ -174,11 +176,10 @@ class Engine:
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = math.nan
         for number, batch in enumerate(micro_batches, start=1):
-            at_boundary = number == gas
-            # ZeRO-1/2 silently keep only the last micro batch when the boundary is off by one.
-            assert self._engine.is_gradient_accumulation_boundary() == at_boundary, (
-                f"micro step {number} of {gas}"
-            )
+            at_boundary = number == len(micro_batches)
+            # ZeRO-1/2 silently keep only the last micro batch when the boundary is off by one, and
+            # DeepSpeed's own count knows one number of micro batches.
+            self._engine.set_gradient_accumulation_boundary(at_boundary)
             micro_loss_sum = self._loss_sum(batch)
             loss_sum += micro_loss_sum.detach()
             self._engine.backward(micro_loss_sum * scale)
@@ -202,13 +203,21 @@ class Engine:
             num_valid += batch.num_valid
         return self._sum_over_ranks(loss_sum), int(self._sum_over_ranks(float(num_valid)))
 
-    def worst_of_ranks(self, level: int) -> int:
-        """The highest level that any rank brings."""
+    def agree(self, level: int, tokens_hash: int) -> tuple[int, int]:
+        """The highest level that any rank brings, and the sum of all hashes modulo 2^64, in one collective.
+
+        Args:
+            level: 0 to 2.
+            tokens_hash: of this rank's rows. Its halves are summed apart: nothing overflows below 2^31 ranks.
+        """
         if self.dp_size == 1:
-            return level
-        worst = torch.tensor(level, device=self.device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        return int(worst)
+            return level, tokens_hash
+        brought = [int(level == each) for each in range(3)]
+        told = torch.tensor([*brought, tokens_hash & _LOW_32, tokens_hash >> 32], device=self.device)
+        dist.all_reduce(told)
+        *counts, low, high = told.tolist()
+        worst = max(each for each in range(3) if counts[each])
+        return worst, (low + (high << 32)) & MASK_64
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         on_device = batch.to(self.device)

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.errors import DivergedError, LLMTrainError
-from llmtrain.loader.batches import Batches, held_out_batches
-from llmtrain.loader.dataset import Rows
+from llmtrain.loader.batches import Batches, StepBatches, held_out_batches
+from llmtrain.loader.ledger import LedgerWriter
+from llmtrain.loader.open import MixedRows
 from llmtrain.model.size import flops_per_token
 from llmtrain.tracking.recorder import Recorder
 from llmtrain.train.config import TrainRoot
@@ -76,9 +77,10 @@ def train(
     cfg: TrainRoot,
     engine: Engine,
     batches: Batches,
-    held_out: Rows,
+    held_out: MixedRows,
     progress: Progress,
     recorder: Recorder,
+    ledger: LedgerWriter | None,
     save: SaveFunction,
     stop: StopSignal,
     start_up: StartUp,
@@ -87,39 +89,42 @@ def train(
 
     Args:
         recorder: Where metrics go; on ranks other than 0 it writes nothing. It keeps its errors for us.
+        ledger: Where rank 0 notes each step's rows; None on the others.
 
     Raises:
         DivergedError: a loss or gradient norm that is not finite.
         CheckpointError: a save that failed; earlier checkpoints are untouched.
         RankFailedError: a row that could not be read, or a metric that could not be written, on any rank.
     """
-    seq_len, rows_per_step = cfg.data.seq_len, cfg.train.global_batch_rows
+    seq_len, sizes = cfg.data.seq_len, cfg.batch_sizes
     device_flops = (cfg.train.device_peak_tflops or math.nan) * 1e12 * engine.dp_size
     token_flops = flops_per_token(cfg.model, seq_len, convention=MFU_CONVENTION)
     first_step = progress.step + 1
     last_saved = progress.step
     while progress.position * seq_len < cfg.train.total_tokens:
         step_start = time.perf_counter()
-        failure = recorder.failure
+        rows_per_step = sizes.rows_at(progress.position)
+        step_tokens = rows_per_step * seq_len
+        failure, data = _kept_failure(recorder, ledger), StepBatches([], 0)
         try:
-            micro_batches = batches.micro_batches(progress.position)
+            data = batches.step(progress.position)
         except LLMTrainError as error:
             failure = error
         data_wait_s = time.perf_counter() - step_start
         wish = Agreement.failed if failure else Agreement.stop if stop.name else Agreement.go_on
-        agreed = engine.worst_of_ranks(wish)
+        agreed, tokens_hash = engine.agree(wish, data.tokens_hash)
         if agreed == Agreement.failed:
             raise RankFailedError(_whose_failure(failure))
         if agreed == Agreement.stop:
             break
         lr = learning_rate(
             progress.position * seq_len,
-            step_tokens=cfg.step_tokens,
+            step_tokens=step_tokens,
             total_tokens=cfg.train.total_tokens,
             peak=cfg.optimizer.peak_lr,
             cfg=cfg.schedule,
         )
-        result = engine.train_step(micro_batches, lr=lr)
+        result = engine.train_step(data.micro_batches, lr=lr)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             recorder.event("diverged", progress.step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
             raise DivergedError(
@@ -128,9 +133,12 @@ def train(
                 f"start again with a lower optimizer.peak_lr, or resume with one from the newest checkpoint"
             )
         progress.step += 1
+        if ledger is not None:
+            first = progress.position
+            ledger.step(progress.step, first=first, last=first + rows_per_step - 1, tokens_hash=tokens_hash)
         progress.position += rows_per_step
         step_s = time.perf_counter() - step_start
-        mfu = cfg.step_tokens / step_s * token_flops / device_flops
+        mfu = step_tokens / step_s * token_flops / device_flops
         recorder.step(
             progress.step,
             loss=result.loss,
@@ -139,7 +147,7 @@ def train(
             tokens=progress.position * seq_len,
             position=progress.position,
             num_valid=result.num_valid,
-            tokens_per_s=cfg.step_tokens / step_s,
+            tokens_per_s=step_tokens / step_s,
             step_s=step_s,
             data_wait_s=data_wait_s,
             mem_gib=peak_memory_gib(engine.device),
@@ -153,23 +161,29 @@ def train(
         if done or _due(progress.step, cfg.train.eval_every_steps):
             evaluate(cfg, engine, held_out, progress, recorder)
         if done or _due(progress.step, cfg.train.save_every_steps):
-            _save(save, progress, recorder)
+            _save(save, progress, recorder, ledger)
             last_saved = progress.step
     if progress.position * seq_len >= cfg.train.total_tokens:
         recorder.event("finished", progress.step)
     else:
         if last_saved < progress.step:
-            _save(save, progress, recorder)
+            _save(save, progress, recorder, ledger)
         recorder.event("stopped", progress.step, signal=stop.name)
         log.warning("stopped by a signal after step %d; run.intent=resume goes on from there", progress.step)
-    if recorder.failure is not None:
-        raise recorder.failure
+    if failure := _kept_failure(recorder, ledger):
+        raise failure
 
 
-def _save(save: SaveFunction, progress: Progress, recorder: Recorder) -> None:
+def _save(save: SaveFunction, progress: Progress, recorder: Recorder, ledger: LedgerWriter | None) -> None:
     start = time.perf_counter()
+    if ledger is not None:
+        ledger.sync()  # what a checkpoint says was done is in the ledger, also after a power cut
     save(step=progress.step, position=progress.position)
     recorder.checkpoint(progress.step, save_s=time.perf_counter() - start)
+
+
+def _kept_failure(recorder: Recorder, ledger: LedgerWriter | None) -> LLMTrainError | None:
+    return recorder.failure or (None if ledger is None else ledger.failure)
 
 
 def _whose_failure(mine: LLMTrainError | None) -> str:
@@ -182,7 +196,7 @@ def _whose_failure(mine: LLMTrainError | None) -> str:
 def evaluate(
     cfg: TrainRoot,
     engine: Engine,
-    held_out: Rows,
+    held_out: MixedRows,
     progress: Progress,
     recorder: Recorder,
 ) -> None:

@@ -12,13 +12,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from llmtrain.cli.main import PARTS, VERBS
+from llmtrain.cli.main import NEED_A_PART, PARTS, VERBS
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUP_OF_NO_DEFAULTS_LIST = {"experiment": "train"}
 """Groups that a user adds with a plus sign, and the verb that takes them."""
 
-TYPED = {words.replace(" ", "_").replace("-", "_"): words for words in (*VERBS, *PARTS)}
+TYPED = {
+    words.replace(" ", "_").replace("-", "_"): words for words in (*VERBS, *PARTS) if words not in NEED_A_PART
+}
 """Root YAML to what a user types."""
 
 NEEDED = {  # what a user must type anyway

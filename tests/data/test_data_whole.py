@@ -25,12 +25,12 @@ import slurm_cluster
 import whole_corpus as whole
 from dask_cluster import dask_cluster
 
-from llmtrain.data import pipeline
 from llmtrain.data.config import DataConfig, DocumentsConfig, StopAfter
 from llmtrain.data.dedup.config import DedupConfig, NearConfig
 from llmtrain.data.engines.config import DaskConfig, EngineConfig, EngineKind, SlurmConfig
 from llmtrain.data.filters.config import RulesConfig
 from llmtrain.data.flow import check_closes
+from llmtrain.data.manifest import read_manifest
 from llmtrain.data.pipeline import run
 from llmtrain.data.shards import ShardReader
 from llmtrain.errors import DataError
@@ -411,10 +411,9 @@ def test_kept_text_is_what_the_steps_left(make: Make) -> None:
     assert all(row["url"].startswith("http://good.example/") for row in rows)
     assert all(dict(row["metadata"]).keys() == {"rating"} for row in rows)
     by_place = {(row["path"], row["record"]): row for row in rows}
-    manifest = pipeline.read_json(out / "manifest.json")
     found = 0
-    for shard in manifest["shards"]:
-        reader = ShardReader(out / shard["path"])
+    for shard in read_manifest(out).shards:
+        reader = ShardReader(out / shard.path)
         for number in range(reader.num_documents):
             lineage = reader.lineage(number)
             row = by_place[lineage.path, lineage.record]

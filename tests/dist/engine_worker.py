@@ -16,11 +16,16 @@ from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer, initial_weight
 from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.config import ParallelConfig
-from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
+from llmtrain.train.config import OptimizerConfig, Precision, RampConfig, TrainConfig
 
 MODEL = ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, ffn_width=80)
 OPTIMIZER = OptimizerConfig(peak_lr=3e-3)
 SEQ_LEN, ROWS, STEPS, CLIP, SEED = 24, 8, 20, 0.5, 5
+
+
+def rows_of(step: int) -> int:
+    """Rows of a step: a batch ramp, so that DeepSpeed meets two numbers of micro batches."""
+    return ROWS if step < 7 else 2 * ROWS
 
 
 def batch_of(step: int, first: int, last: int) -> Batch:
@@ -65,7 +70,7 @@ def reference() -> dict[str, list[float]]:
     )
     losses, grad_norms = [], []
     for step in range(STEPS):
-        batch = batch_of(step, 0, ROWS)
+        batch = batch_of(step, 0, rows_of(step))
         logits = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten())
         adamw.zero_grad()
@@ -89,7 +94,8 @@ def run(stage: int, micro_rows: int, precision: Precision) -> dict[str, list[flo
 
     train = TrainConfig(
         total_tokens=1,
-        global_batch_rows=ROWS,
+        global_batch_rows=2 * ROWS,
+        batch_ramp=[RampConfig(until_tokens=7 * ROWS * SEQ_LEN, rows=ROWS)],
         micro_batch_rows=micro_rows,
         grad_clip=CLIP,
         precision=precision,
@@ -106,8 +112,8 @@ def run(stage: int, micro_rows: int, precision: Precision) -> dict[str, list[flo
 
     engine.load(fresh)
     losses, grad_norms = [], []
-    mine = np.linspace(0, ROWS, num_ranks + 1).astype(int)
     for step in range(STEPS):
+        mine = np.linspace(0, rows_of(step), num_ranks + 1).astype(int)
         edges = range(mine[rank], mine[rank + 1] + 1, micro_rows)
         result = engine.train_step(
             [batch_of(step, first, last) for first, last in pairwise(edges)], lr=OPTIMIZER.peak_lr

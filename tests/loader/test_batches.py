@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.batches import NO_ROW, Batch, Batches, held_out_batches
 from llmtrain.loader.dataset import NO_TARGET, Rows, _close_all
+from llmtrain.loader.ledger import hash_rows
+from llmtrain.loader.mixture import Mixture, Source
 from llmtrain.loader.order import rows_at
 
 GLOBAL_ROWS = 12
@@ -34,20 +37,26 @@ def batches_of(
 ) -> Batches:
     return Batches(
         rows,
-        seed=5,
-        global_batch_rows=GLOBAL_ROWS,
+        order=order_of(rows, seed=5),
+        sizes=BatchSizes.of([], GLOBAL_ROWS),
         micro_batch_rows=micro,
         dp_rank=dp_rank,
         dp_size=dp_size,
-        prefetch=prefetch,
+        prefetch_steps=2 if prefetch else 0,
     )
+
+
+def order_of(rows: Rows, *, seed: int) -> Mixture:
+    source = Source(name="data", num_rows=rows.num_rows, hash=rows.hash)
+    return Mixture([source], [(0, {})], seed=seed, block_rows=64)
 
 
 def step_of(rows: Rows, position: int, *, dp_size: int, micro: int) -> list[int]:
     """The rows that all ranks together read for the step, in the order of ranks."""
     found: list[int] = []
     for dp_rank in range(dp_size):
-        for batch in batches_of(rows, dp_rank=dp_rank, dp_size=dp_size, micro=micro).micro_batches(position):
+        batches = batches_of(rows, dp_rank=dp_rank, dp_size=dp_size, micro=micro)
+        for batch in batches.step(position).micro_batches:
             assert batch.tokens_BS.shape == (micro, 16)
             found += batch.rows.tolist()
     return found
@@ -75,7 +84,7 @@ def test_run_that_changes_layout_at_each_restart_sees_each_row_once_an_epoch(row
 
 
 def test_batch_holds_what_the_rows_hold(rows: Rows) -> None:
-    for batch in batches_of(rows, micro=4).micro_batches(24):
+    for batch in batches_of(rows, micro=4).step(24).micro_batches:
         block = rows.read_many(batch.rows)
         assert torch.equal(batch.tokens_BS, torch.from_numpy(block.tokens))
         assert torch.equal(batch.targets_BS, torch.from_numpy(block.targets))
@@ -90,7 +99,8 @@ def test_batch_holds_what_the_rows_hold(rows: Rows) -> None:
 def test_reading_ahead_changes_nothing(rows: Rows) -> None:
     ahead, plain = batches_of(rows, micro=3, prefetch=True), batches_of(rows, micro=3)
     for position in (0, 12, 24, 60, 60, 0, 12):  # in order, then back and forth as after a restore
-        for one, other in zip(ahead.micro_batches(position), plain.micro_batches(position), strict=True):
+        found, expected = ahead.step(position).micro_batches, plain.step(position).micro_batches
+        for one, other in zip(found, expected, strict=True):
             assert_equal(one, other)
 
 
@@ -111,8 +121,11 @@ def test_next_step_is_read_while_this_one_computes(rows: Rows, monkeypatch: pyte
     monkeypatch.setattr(Rows, "read_many", noted)
     batches = batches_of(rows, micro=12, prefetch=True)
     for position in (0, 12, 24):
-        batches.micro_batches(position)
-    assert readers[:3] == ["MainThread", "read rows from 12", "read rows from 24"]
+        batches.step(position)
+    batches.close()
+    assert readers[0] == "MainThread"
+    assert set(readers[1:]) == {"read rows ahead"}
+    assert 3 <= len(readers) <= 5
 
 
 def test_error_in_the_background_is_raised_by_the_step_that_needs_it(corpus, rows: Rows) -> None:
@@ -123,20 +136,22 @@ def test_error_in_the_background_is_raised_by_the_step_that_needs_it(corpus, row
     with pytest.raises(
         DataError, match=r"train-0000\d\.bin, needed for row \d+, cannot be read: No such file"
     ):
-        batches.micro_batches(0)
+        batches.step(0)
     for path in paths:
         path.with_suffix(".away").rename(path)
-    batches.micro_batches(0)
-    batches.micro_batches(12)  # step 24 is being read behind it
-    batches._next[1].result()
+    batches.step(0)
+    batches.step(12)  # steps 24 and 36 are being read behind it
+    batches._ahead[36].result()
     _close_all(rows._open_files)  # as if other shards had pushed them out
     for path in paths:
         path.unlink()
-    batches.micro_batches(24)
+    batches.step(24)
+    batches.step(36)
     with pytest.raises(
         DataError, match=r"train-0000\d\.bin, needed for row \d+, cannot be read: No such file"
-    ):
-        batches.micro_batches(36)
+    ) as caught:
+        batches.step(48)
+    assert any(entry.name == "_read_tokens" for entry in caught.traceback)  # the reader's own
 
 
 def test_process_ends_at_once_while_a_read_ahead_hangs(corpus) -> None:
@@ -144,13 +159,18 @@ def test_process_ends_at_once_while_a_read_ahead_hangs(corpus) -> None:
 import time
 from pathlib import Path
 from llmtrain.data.manifest import read_manifest
+from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.dataset import Rows
+from llmtrain.loader.mixture import Mixture, Source
 folder = Path({str(corpus.folder)!r})
 rows = Rows(folder, read_manifest(folder), "train", 16)
-batches = Batches(rows, seed=0, global_batch_rows=1, micro_batch_rows=1, dp_rank=0, dp_size=1)
+source = Source(name="data", num_rows=rows.num_rows, hash=rows.hash)
+order = Mixture([source], [(0, dict())], seed=0, block_rows=8)
+sizes = BatchSizes.of([], 1)
+batches = Batches(rows, order=order, sizes=sizes, micro_batch_rows=1, dp_rank=0, dp_size=1)
 rows.read_many, read_many = (lambda numbers: time.sleep(600)), rows.read_many
-batches._next = batches._read_in_background(0)
+batches._read_ahead(0)
 print("done")
 """
     done = subprocess.run(
@@ -171,8 +191,55 @@ def test_uneven_splits_are_refused(
     )
     with pytest.raises(ConfigError, match=message):
         Batches(
-            rows, seed=0, global_batch_rows=global_rows, micro_batch_rows=micro, dp_rank=0, dp_size=dp_size
+            rows,
+            order=order_of(rows, seed=0),
+            sizes=BatchSizes.of([], global_rows),
+            micro_batch_rows=micro,
+            dp_rank=0,
+            dp_size=dp_size,
         )
+
+
+def test_a_read_that_does_not_come_back_is_an_error(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = batches_of(rows, micro=12, prefetch=True)
+    batches.timeout_s = 0.05
+    wait = threading.Event()
+    read_many = Rows.read_many
+    batches.step(0)
+    monkeypatch.setattr(Rows, "read_many", lambda self, numbers: (wait.wait(10), read_many(self, numbers))[1])
+    batches._ahead.clear()  # steps 12 and 24 may have been read before
+    batches._read_ahead(36)
+    with pytest.raises(DataError, match=r"reading the step at row 36 has not come back after 0.05 s"):
+        batches.step(36)
+    wait.set()
+    batches.close()
+
+
+@pytest.mark.parametrize(("dp_size", "micro"), LAYOUTS)
+def test_hashes_of_a_step_add_up_to_the_same_in_every_layout(rows: Rows, dp_size: int, micro: int) -> None:
+    parts = [
+        batches_of(rows, dp_rank=rank, dp_size=dp_size, micro=micro).step(36).tokens_hash
+        for rank in range(dp_size)
+    ]
+    at = rows_at(np.arange(36, 48), num_rows=rows.num_rows, seed=5, pack_hash=rows.hash)
+    assert sum(parts) % 2**64 == hash_rows(36, rows.read_many(at).tokens)
+
+
+def test_a_ramp_reads_what_its_sizes_say(rows: Rows) -> None:
+    sizes = BatchSizes.of([(10, 4)], 12)
+    batches = Batches(
+        rows, order=order_of(rows, seed=5), sizes=sizes, micro_batch_rows=2, dp_rank=1, dp_size=2
+    )
+    position, seen = 0, []
+    for _ in range(5):
+        size = sizes.rows_at(position)
+        found = [row for batch in batches.step(position).micro_batches for row in batch.rows.tolist()]
+        at = np.arange(position + size // 2, position + size)
+        assert found == rows_at(at, num_rows=rows.num_rows, seed=5, pack_hash=rows.hash).tolist()
+        seen.append(size)
+        position += size
+    batches.close()
+    assert seen == [4, 4, 4, 12, 12]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 7])
@@ -207,6 +274,9 @@ def test_held_out_rows_that_run_out_are_filled_with_masked_ones(rows: Rows) -> N
 
 def test_no_thread_is_left_after_close(rows: Rows) -> None:
     batches = batches_of(rows, micro=12, prefetch=True)
-    batches.micro_batches(0)
+    batches.step(0)
+    thread = batches._thread
+    assert thread is not None
+    assert thread.is_alive()
     batches.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("read rows")]
+    assert not thread.is_alive()

@@ -1,0 +1,237 @@
+"""`llmtrain replay run=RUN step=N`: feed exactly the rows of a step to the model, and tell the loss of each
+document in them.
+
+With the weights of the step before, the loss is the one that the run recorded. The documents are listed with
+the worst first: what is behind a loss spike stands at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmtrain.cli.compose import run_verb
+from llmtrain.cli.past_step import TracedRow, traced
+from llmtrain.cli.restore import Precision, load_weights
+from llmtrain.cli.run_config import run_config
+from llmtrain.data.trace import OutputFormat, Traced
+from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.inference.perplexity import losses_of_tokens
+from llmtrain.loader.batches import to_batch
+from llmtrain.loader.replay import PastRun, StepRow
+from llmtrain.model.transformer import Transformer
+from llmtrain.progress import progress
+from llmtrain.tracking.metrics import read_metrics
+from llmtrain.train.checkpoint import checkpoint_path, list_checkpoints
+from llmtrain.train.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+EXCERPT_CHARS = 60
+AT_ONCE = 8
+"""Rows that are read and kept at a time."""
+
+
+@dataclass(kw_only=True)
+class ReplayRoot:
+    run: str
+    """The run folder."""
+    step: int
+    """The step to replay, from 1."""
+    rank: int | None = None
+    """Only the rows of this data-parallel rank; null: all."""
+    micro_batch: int | None = None
+    """Only this micro batch of each rank, from 0; null: all of them."""
+    checkpoint: str | None = None
+    """Weights to take; null: the run's of the step before, or else the newest before that."""
+    device: str | None = None
+    """null: a GPU if there is one, else the CPU."""
+    precision: Precision | None = None
+    """null: that of the run."""
+    worst: int = 20
+    """Documents to print; all of them are in the JSON."""
+    format: OutputFormat = OutputFormat.text
+
+    def __post_init__(self) -> None:
+        if self.step < 1 or self.worst < 1:
+            raise ConfigError(f"step={self.step} and worst={self.worst} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentLoss:
+    """A document's part in a row."""
+
+    loss: float | None
+    """Mean over its targets in nats; None when it has none here."""
+    num_targets: int
+    document: Traced
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowLoss:
+    place: StepRow
+    loss: float
+    num_targets: int
+    documents: list[DocumentLoss]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replayed:
+    step: int
+    weights_step: int
+    checkpoint: str
+    loss: float
+    num_targets: int
+    recorded_loss: float | None
+    """What metrics.jsonl has for the step; None when only a part of it was replayed, or it has none."""
+    hash: str | None
+    """Of the tokens as they are now; None when only a part of the step was replayed."""
+    ledger_hash: str
+    rows: list[RowLoss]
+
+
+def main() -> None:
+    run_verb("replay", ReplayRoot, show)
+
+
+def show(cfg: ReplayRoot) -> None:
+    """Print the losses; exit status 1 when the tokens are not those that the run read."""
+    found = replay(cfg)
+    if cfg.format is OutputFormat.json:
+        print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
+    else:
+        console = Console(highlight=False)
+        for line in summary(found):
+            console.print(line, soft_wrap=True, markup=False)
+        console.print(table(found, worst=cfg.worst))
+    if found.hash not in (None, found.ledger_hash):
+        sys.exit(1)
+
+
+def replay(cfg: ReplayRoot) -> Replayed:
+    """
+    Raises:
+        DataError: no ledger, no such step or rank, or other data than the run's.
+        CheckpointError: no weights from before the step.
+    """
+    folder = Path(cfg.run)
+    root = run_config(folder)
+    past = PastRun(folder, root.data, seed=root.run.seed)
+    step, _ = past.step(cfg.step)
+    places = past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch)
+    precision = cfg.precision or Precision[root.train.precision.name]
+    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else _checkpoint_before(folder, cfg.step)
+    model, reader = load_weights(checkpoint, device=cfg.device, precision=precision)
+    if reader.step != cfg.step - 1:
+        log.warning(
+            "the weights are those of step %d, not of step %d: losses differ from what the run recorded",
+            reader.step,
+            cfg.step - 1,
+        )
+    is_whole = len(places) == step.last + 1 - step.first
+    rows = list(_losses(model, past, traced(past, places), quiet=cfg.format is OutputFormat.json))
+    num_targets = sum(row.num_targets for row in rows)
+    return Replayed(
+        step=cfg.step,
+        weights_step=reader.step,
+        checkpoint=str(reader.path),
+        loss=math.fsum(row.loss * row.num_targets for row in rows) / max(1, num_targets),
+        num_targets=num_targets,
+        recorded_loss=_recorded(folder, cfg.step) if is_whole else None,
+        hash=f"{past.recomputed(step):016x}" if is_whole else None,
+        ledger_hash=step.hash,
+        rows=rows,
+    )
+
+
+def _checkpoint_before(run: Path, step: int) -> Path:
+    folder = RunFolder(run).checkpoints
+    there = list_checkpoints(folder)
+    before = [number for number in there if number < step]
+    if not before:
+        told = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(
+            f"no checkpoint from before step {step} in {folder} (steps there: {told}); name one with "
+            "checkpoint=FOLDER, and keep more with train.keep_checkpoints"
+        )
+    return checkpoint_path(folder, before[-1])
+
+
+def _recorded(run: Path, step: int) -> float | None:
+    lines = read_metrics(RunFolder(run).metrics)
+    return next((line["loss"] for line in lines if line["kind"] == "step" and line["step"] == step), None)
+
+
+def _losses(model: Transformer, past: PastRun, rows: list[TracedRow], *, quiet: bool) -> Iterator[RowLoss]:
+    device = model.embedding.weight.device
+    with progress("replay", total=len(rows), unit="rows", quiet=quiet) as advance:
+        for first in range(0, len(rows), AT_ONCE):
+            part = rows[first : first + AT_ONCE]
+            numbers = np.array([row.place.global_row for row in part])
+            batch = to_batch(past.data.train.read_many(numbers), numbers)
+            losses_BS = losses_of_tokens(model, batch, device=device).double().numpy()
+            is_target_BS = batch.targets_BS.numpy() >= 0
+            segments_BS = batch.segments_BS.numpy()
+            for at, row in enumerate(part):
+                documents = []
+                for segment, document in enumerate(row.documents):
+                    here = is_target_BS[at] & (segments_BS[at] == segment)
+                    count = int(here.sum())
+                    loss = float(losses_BS[at][here].mean()) if count else None
+                    documents.append(DocumentLoss(loss=loss, num_targets=count, document=document))
+                num_targets = int(is_target_BS[at].sum())
+                yield RowLoss(
+                    place=row.place,
+                    loss=float(losses_BS[at].sum()) / max(1, num_targets),
+                    num_targets=num_targets,
+                    documents=documents,
+                )
+            advance(len(part))
+
+
+def summary(found: Replayed) -> Iterator[str]:
+    yield f"step {found.step:,} with the weights of step {found.weights_step:,}, {found.checkpoint}"
+    told = f"loss {found.loss:.6f} over {found.num_targets:,} targets"
+    if found.recorded_loss is not None:
+        told += f"; the run recorded {found.recorded_loss:.6f}"
+    yield told
+    if found.hash == found.ledger_hash:
+        yield "tokens: those that the run read"
+    elif found.hash is not None:
+        yield f"tokens: NOT those that the run read: hash {found.hash}, the ledger has {found.ledger_hash}"
+
+
+def table(found: Replayed, *, worst: int) -> Table:
+    """Documents by their loss, the highest first."""
+    every = [(row, each) for row in found.rows for each in row.documents if each.loss is not None]
+    every.sort(key=lambda pair: -(pair[1].loss or 0.0))
+    shown = Table(box=box.SIMPLE)
+    for heading in ("loss", "targets", "row", "rank", "micro batch"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    shown.add_column("document", overflow="fold")
+    shown.add_column("text", overflow="fold")
+    for row, each in every[:worst]:
+        excerpt = " ".join(each.document.text.split())
+        shown.add_row(
+            f"{each.loss:.4f}",
+            f"{each.num_targets:,}",
+            f"{row.place.position:,}",
+            str(row.place.rank),
+            str(row.place.micro_batch),
+            Text(f"{row.place.source}: {each.document.path}, record {each.document.record:,}"),
+            Text(excerpt[:EXCERPT_CHARS] + ("…" if len(excerpt) > EXCERPT_CHARS else "")),
+        )
+    if len(every) > worst:
+        shown.caption = f"and {len(every) - worst:,} more with lower losses"
+    return shown

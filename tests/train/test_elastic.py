@@ -1,0 +1,159 @@
+"""A run that is killed and started again on other numbers of ranks, over a mixture, with a ramp: the ledger
+proves that it is the same run."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from data_folder import train_arguments, wait_for, write_data_folder
+
+from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
+from llmtrain.tracking.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from conftest import Launcher
+
+ROWS = 24
+SEQ_LEN = 32
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {
+        "web": write_data_folder(folder / "web", num_documents=300),
+        "books": write_data_folder(folder / "books", num_documents=120, seed=1),
+    }
+
+
+def mixture_arguments(sources: dict[str, Path], run: Path, *overrides: str, steps: int = 24) -> list[str]:
+    """`steps` steps with 12 rows in the first third and 24 after; weights that change after the half."""
+    named = ", ".join(f"{name}: {{folder: {folder}}}" for name, folder in sources.items())
+    tokens = (steps // 3 * 12 + (steps - steps // 3) * ROWS) * SEQ_LEN
+    stages = (
+        "[{from_tokens: 0, weights: {web: 3, books: 1}}, "
+        f"{{from_tokens: {tokens // 2}, weights: {{web: 1, books: 1}}}}]"
+    )
+    return train_arguments(
+        sources["web"],
+        run,
+        "data.folder=null",
+        f"+data.sources={{{named}}}",
+        f"data.stages={stages}",
+        "data.block_rows=64",
+        "data.max_epochs=99",
+        f"train.total_tokens={tokens}",
+        f"train.batch_ramp=[{{until_tokens: {steps // 3 * 12 * SEQ_LEN}, rows: 12}}]",
+        f"train.global_batch_rows={ROWS}",
+        "train.micro_batch_rows=1",
+        "train.save_every_steps=3",
+        "train.eval_every_steps=0",
+        "run.intent=fresh_or_resume",
+        *overrides,
+    )
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return [line for line in read_metrics(path) if line["kind"] == "step"] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    launcher: Launcher, sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    status, text = launcher.run(mixture_arguments(sources, folder, "train.micro_batch_rows=4"))
+    assert status == 0, text
+    return folder
+
+
+def num_lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def drill(launcher: Launcher, arguments: list[str], folder: Path, worlds: list[int], seed: int) -> int:
+    """Start on each number of ranks in turn, with kill -9 at a random moment of each but the last. Returns
+    how many were alive to be killed.
+    """
+    moments, kills = random.Random(seed), 0
+    for number, world_size in enumerate(worlds):
+        if number == len(worlds) - 1:
+            status, text = launcher.run(arguments, num_ranks=world_size)
+            assert status == 0, text
+            break
+        run = launcher.start(arguments, num_ranks=world_size)
+        wanted = num_lines(folder) + moments.randint(3, 9)
+        wait_for(lambda run=run, wanted=wanted: not run.processes[0].is_alive() or num_lines(folder) > wanted)
+        time.sleep(moments.uniform(0.0, 0.1))
+        kills += run.processes[0].is_alive()
+        run.kill()
+    return kills
+
+
+def same_run(folder: Path, whole: Path) -> None:
+    """The ledger of `folder` is whole, and names the same rows and tokens as that of `whole`."""
+    ledger, other = read_ledger(folder / LEDGER_NAME), read_ledger(whole / LEDGER_NAME)
+    assert list(contradictions(ledger)) == []
+    ours = [(step.step, step.first, step.last, step.hash) for step in ledger.surviving()]
+    assert ours == [(step.step, step.first, step.last, step.hash) for step in other.surviving()]
+    losses = [[line["loss"] for line in steps_of(each)] for each in (folder, whole)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)  # other sums over ranks
+
+
+def test_a_killed_run_on_4_then_2_then_3_ranks_is_the_run_on_one(
+    launcher: Launcher, sources: dict[str, Path], uninterrupted: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    kills = drill(launcher, mixture_arguments(sources, folder), folder, [4, 2, 3, 1], seed=4)
+    assert kills == 3
+    same_run(folder, uninterrupted)
+    ledger = read_ledger(folder / LEDGER_NAME)
+    assert [attempt.world_size for attempt in ledger.attempts] == [4, 2, 3, 1]
+    assert len(ledger.steps) > len(ledger.surviving()), "no kill cost a step: the drill shows too little"
+    assert {step.last - step.first + 1 for step in ledger.surviving()} == {12, 24}
+
+
+@pytest.mark.slow
+def test_a_run_killed_20_times_on_changing_ranks_is_the_run_on_one(
+    launcher: Launcher, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    status, text = launcher.run(mixture_arguments(sources, whole, "train.micro_batch_rows=4", steps=120))
+    assert status == 0, text
+    worlds = [random.Random(1).choice([1, 2, 3, 4, 6]) for _ in range(20)]
+    worlds = [4, 2, 3, *worlds[3:], 2]
+    kills = drill(launcher, mixture_arguments(sources, folder, steps=120), folder, worlds, seed=1)
+    assert kills >= 12
+    same_run(folder, whole)
+
+
+def test_a_resume_on_other_data_is_refused_and_noted_when_it_is_meant(
+    launcher: Launcher, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    more = {**sources, "code": write_data_folder(tmp_path / "code", num_documents=60, seed=2)}
+    short = mixture_arguments(sources, folder, "train.total_tokens=4608")
+    status, text = launcher.run(short)
+    assert status == 0, text
+    further = mixture_arguments(more, folder, "data.stages=[]")
+    status, text = launcher.run(further)
+    assert status != 0
+    assert "is not what step 10 was trained on" in text
+    assert "data.accept_changed=true" in text
+    status, text = launcher.run([*further, "data.accept_changed=true"])
+    assert status == 0, text
+    assert "data.accept_changed=true: going on at row 144" in text
+    ledger = read_ledger(folder / LEDGER_NAME)
+    assert [attempt.accepted_change for attempt in ledger.attempts] == [False, True]
+    assert ledger.attempts[0].data_hash != ledger.attempts[1].data_hash
+    assert list(contradictions(ledger)) == []
+    status, text = launcher.run([*further, "train.total_tokens=50000"])
+    assert status == 0, text
+    assert [attempt.accepted_change for attempt in read_ledger(folder / LEDGER_NAME).attempts][2] is False
