@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmtrain.data.manifest import (
@@ -137,13 +138,17 @@ def _shard(folder: Path, manifest: Manifest, entry: ShardEntry, *, content: bool
     )
     if content and not shard.problems:  # what hashes cannot tell: whether the right things were written
         shard.problems += _inside(folder / entry.path, manifest, entry)
-        lineage = pq.read_table(_lineage(folder / entry.path), columns=["source"])
-        if lineage.num_rows != entry.num_documents:
+        path = _lineage(folder / entry.path)
+        try:
+            sources = pq.read_table(path, columns=["source"]).column("source").to_pylist()
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            shard.problems.append(f"{path} cannot be read: {str(error).partition(chr(10))[0]}")
+            return shard
+        if len(sources) != entry.num_documents:
             shard.problems.append(
-                f"{_lineage(folder / entry.path)} tells of {lineage.num_rows:,} documents, the shard has "
-                f"{entry.num_documents:,}"
+                f"{path} tells of {len(sources):,} documents, the shard has {entry.num_documents:,}"
             )
-        shard.sources = dict(Counter(lineage.column("source").to_pylist()).most_common())
+        shard.sources = dict(Counter(sources).most_common())
     return shard
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from llmtrain.errors import ConfigError
-from llmtrain.train.config import Intent, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from llmtrain.train.config import Intent, OptimizerConfig, RampConfig, RunConfig, ScheduleConfig, TrainConfig
 
 TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_batch_rows": 2}
 
@@ -23,6 +23,12 @@ TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_bat
         ({"eval_rows": 0}, "train.eval_rows=0 must be at least 1, or null for all"),
         ({"process_group_timeout_s": 0.0}, "train.process_group_timeout_s=0.0 must be above 0"),
         ({"device_peak_tflops": 1.0}, "give both, or neither"),
+        (
+            {"batch_ramp": [RampConfig(until_tokens=9, rows=2), RampConfig(until_tokens=9, rows=4)]},
+            "until_tokens=[9, 9] must rise, from 1 on",
+        ),
+        ({"batch_ramp": [RampConfig(until_tokens=0, rows=2)]}, "until_tokens=[0] must rise, from 1 on"),
+        ({"batch_ramp": [RampConfig(until_tokens=9, rows=3)]}, "rows=3 is not a positive multiple of"),
     ],
 )
 def test_train_config_says_what_is_wrong(changed: dict[str, Any], message: str) -> None:

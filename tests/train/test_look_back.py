@@ -1,5 +1,5 @@
-"""What can be said of a step afterwards, by `data trace run=`, `replay` and `inspect ledger`. The run reads two
-data folders, and went on with another number of ranks."""
+"""What can be said of a step afterwards, by `data trace run=`, `replay` and `inspect ledger`. The run reads
+two data folders, and went on with another number of ranks."""
 
 from __future__ import annotations
 
