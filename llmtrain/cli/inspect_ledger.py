@@ -76,9 +76,9 @@ def show(cfg: InspectLedgerConfig) -> None:
 
 def attempts_table(ledger: Ledger) -> Table:
     table = Table(box=box.SIMPLE)
-    for heading in ("attempt", "ranks", "micro batch", "from step", "from row", "steps done", "rows a step"):
+    for heading in ("attempt", "ranks", "micro", "after step", "row", "steps", "rows a step"):
         table.add_column(heading, justify="right")
-    table.add_column("data")
+    table.add_column("data", no_wrap=True)
     for attempt in ledger.attempts:
         done = sum(step.attempt == attempt.attempt for step in ledger.steps)
         table.add_row(

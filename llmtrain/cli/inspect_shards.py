@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -37,18 +38,17 @@ def show(cfg: InspectConfig) -> None:
 
 def shards_table(found: Inspection) -> Table:
     table = Table(box=box.SIMPLE)
-    table.add_column("shard", no_wrap=True)
-    for heading in ("documents", "tokens", "bytes", "type", "largest id", "EOS inside"):
-        table.add_column(heading, justify="right")
-    table.add_column("state")
+    table.add_column("shard", no_wrap=True, overflow="fold")
+    for heading in ("docs", "tokens", "bytes", "max id", "inner EOS"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     for shard in found.shards[:MAX_ROWS]:
         inside = "–" if shard.num_eos is None else f"{shard.num_eos - shard.num_documents:,}"
         table.add_row(
-            shard.path,
+            Path(shard.path).name,
             f"{shard.num_documents:,}",
             f"{shard.num_tokens:,}",
             format_bytes(shard.num_bytes),
-            shard.dtype,
             "–" if shard.max_id is None else f"{shard.max_id:,}",
             inside,
             "damaged" if shard.problems else "whole",
@@ -67,8 +67,9 @@ def lines(found: Inspection, *, content: bool) -> list[str]:
     ]
     num_damaged = sum(bool(shard.problems) for shard in found.shards)
     how = "every byte read" if content else "sizes only"
+    kinds = ", ".join(sorted({shard.dtype for shard in found.shards}))
     told.append(
-        f"{len(found.shards):,} shards with {sum(shard.num_tokens for shard in found.shards):,} tokens, "
-        f"{how}: {num_damaged} damaged"
+        f"{len(found.shards):,} shards with {sum(shard.num_tokens for shard in found.shards):,} tokens of "
+        f"{kinds}, {how}: {num_damaged} damaged"
     )
     return told

@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from llmtrain.cli.compose import run_verb
@@ -38,7 +36,7 @@ from llmtrain.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-EXCERPT_CHARS = 60
+EXCERPT_CHARS = 100
 AT_ONCE = 8
 """Rows that are read and kept at a time."""
 
@@ -114,7 +112,8 @@ def show(cfg: ReplayRoot) -> None:
         console = Console(highlight=False)
         for line in summary(found):
             console.print(line, soft_wrap=True, markup=False)
-        console.print(table(found, worst=cfg.worst))
+        for text in worst_documents(found, worst=cfg.worst):
+            console.print(text, soft_wrap=True)
     if found.hash not in (None, found.ledger_hash):
         sys.exit(1)
 
@@ -212,26 +211,19 @@ def summary(found: Replayed) -> Iterator[str]:
         yield f"tokens: NOT those that the run read: hash {found.hash}, the ledger has {found.ledger_hash}"
 
 
-def table(found: Replayed, *, worst: int) -> Table:
-    """Documents by their loss, the highest first."""
+def worst_documents(found: Replayed, *, worst: int) -> Iterator[Text]:
+    """Two lines for each document, the highest loss first."""
     every = [(row, each) for row in found.rows for each in row.documents if each.loss is not None]
     every.sort(key=lambda pair: -(pair[1].loss or 0.0))
-    shown = Table(box=box.SIMPLE)
-    for heading in ("loss", "targets", "row", "rank", "micro batch"):
-        shown.add_column(heading, justify="right", no_wrap=True)
-    shown.add_column("document", overflow="fold")
-    shown.add_column("text", overflow="fold")
     for row, each in every[:worst]:
+        place = row.place
         excerpt = " ".join(each.document.text.split())
-        shown.add_row(
-            f"{each.loss:.4f}",
-            f"{each.num_targets:,}",
-            f"{row.place.position:,}",
-            str(row.place.rank),
-            str(row.place.micro_batch),
-            Text(f"{row.place.source}: {each.document.path}, record {each.document.record:,}"),
-            Text(excerpt[:EXCERPT_CHARS] + ("…" if len(excerpt) > EXCERPT_CHARS else "")),
+        yield Text.assemble(
+            (f"{each.loss:8.4f}", "bold"),
+            f" over {each.num_targets:,} targets  row {place.position:,}, rank {place.rank}, micro batch "
+            f"{place.micro_batch}, {place.source}: {each.document.path}, record {each.document.record:,}",
         )
+        cut = "…" if len(excerpt) > EXCERPT_CHARS else ""
+        yield Text(f"         {excerpt[:EXCERPT_CHARS]}{cut}", "dim")
     if len(every) > worst:
-        shown.caption = f"and {len(every) - worst:,} more with lower losses"
-    return shown
+        yield Text(f"and {len(every) - worst:,} more with lower losses")
