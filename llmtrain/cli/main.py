@@ -22,6 +22,8 @@ VERBS = {
 PARTS = {
     "data explain": "every signal, rule and verdict of one document",
     "data trace": "from a token, or a step of a run, back to documents and files",
+    "data import": "files of tokens of Megatron-LM, datatrove or OLMo to a data folder",
+    "data export": "shards for Megatron-LM, datatrove or OLMo, as hard links",
     "inspect shards": "shards of tokens: what they hold, every byte checked",
     "inspect ledger": "that a run with its restarts took every row once",
     "data train-quality": "a classifier of good documents, in the format of fastText",

@@ -7,14 +7,17 @@ lost. Changed bytes of the same size are left to `manifest.verify`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from llmtrain.data.manifest import MANIFEST_NAME, TABLE_PREFIX
-from llmtrain.files import LOCK_FILE, atomic_write, hash_json, read_json
+from llmtrain.errors import DataError, LaunchError
+from llmtrain.files import LOCK_FILE, FolderLock, atomic_write, free_bytes, hash_json, read_json
 
 PARTS = (
     "docs", "documents", "index", "lines", "matches", "ngrams", "packs", "quarantine", "shards", "signals",
@@ -24,6 +27,7 @@ PARTS = (
 LISTINGS = (MANIFEST_NAME, "documents.json", "facts.json", "input.json", "report.html")
 """Files that it makes beside them."""
 KEY_LETTERS = 16
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def key_of(**parts: Any) -> str:
@@ -67,3 +71,43 @@ def remove_leftovers(out: Path) -> None:
     for pattern in (*(f".{name}.tmp-*" for name in LISTINGS), ".engine-*.tmp-probe"):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Nobody else writes into `out` meanwhile.
+
+    Raises:
+        LaunchError: somebody does. DataError: it cannot be written at all.
+    """
+    lock = FolderLock(out)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if isinstance(error, LaunchError) or error.errno in DISK_FULL:
+            raise
+        raise DataError(f"out={out} cannot be written: {error.strerror}; give another out=FOLDER") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def disk_full_explained(out: Path) -> Iterator[None]:
+    """Say what to do when the disk is full, or cannot be written any more."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            raise DataError(
+                f"out={out} cannot be written any more: {error}; mount it for writing again, or give another "
+                "out=FOLDER. The same command then goes on where it was"
+            ) from error
+        if error.errno not in DISK_FULL:
+            raise
+        written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        raise DataError(
+            f"no space left for {out}: {written:,} bytes written, {free_bytes(out):,} bytes free on its "
+            "file system. Free some, or give another out=FOLDER; the same command then goes on where it was"
+        ) from error

@@ -8,17 +8,14 @@ workers leave no trace in the output.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import platform
 import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from llmtrain.data.config import DataConfig, PackConfig, Packing, StopAfter
+from llmtrain.data.config import DataConfig, StopAfter
 from llmtrain.data.content.config import ContentConfig, check_codes
 from llmtrain.data.decide import check_previous, decide
 from llmtrain.data.dedup.config import Survivor
@@ -36,19 +33,26 @@ from llmtrain.data.export import EXPORT_VERSION, DocumentsFile, ExportTask, expo
 from llmtrain.data.facts import FACTS_NAME, put_totals, write_facts
 from llmtrain.data.filters.chain import RULES
 from llmtrain.data.flow import check_closes
-from llmtrain.data.folder import key_of, read_done, remove_leftovers, write_done
+from llmtrain.data.folder import (
+    disk_full_explained,
+    key_of,
+    locked,
+    read_done,
+    remove_leftovers,
+    write_done,
+)
 from llmtrain.data.manifest import (
     FORMAT_VERSION,
     Manifest,
     PackEntry,
     ShardEntry,
     TokenizerEntry,
-    shard_files,
     write_manifest,
 )
-from llmtrain.data.pack import write_plan
+from llmtrain.data.plan_packs import pack_funnel, plan_packs
+from llmtrain.data.provenance import tool_version, versions
 from llmtrain.data.scan import SCAN_VERSION, ScanTask, scan_unit
-from llmtrain.data.shards import ShardIndex, token_dtype
+from llmtrain.data.shards import token_dtype
 from llmtrain.data.signals import SignalsConfig, available, tools_for, warm_up
 from llmtrain.data.sources import markup, python_docs
 from llmtrain.data.sources.config import CorpusConfig, Format
@@ -59,11 +63,9 @@ from llmtrain.data.tokenizer import words
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.verdicts import SPLITS, Scanned, Verdicts, cut_at
 from llmtrain.data.vocabulary import choose_tokenizer
-from llmtrain.errors import ConfigError, DataError, LaunchError
+from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import (
-    FolderLock,
     atomic_write,
-    free_bytes,
     hash_file,
     hash_json,
     plain,
@@ -74,13 +76,10 @@ from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 TEXT_OF_SOURCE = 0.22
 """First guess at text bytes a source byte of Python, measured on the packages of this project's
 environment."""
 SMALLEST_SHARD_BYTES, LARGEST_SHARD_BYTES, NUM_SHARDS_AIM = 8 << 20, 1 << 30, 64
-PACK_VERSION = 2
-"""Part of the folder's key: raise it when the same shards would give another plan."""
 DOCUMENTS_NAME = "documents.json"
 INPUT_NAME = "input.json"
 
@@ -128,7 +127,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
         yield
         times[name] = (time.monotonic() - wall, time.process_time() - cpu)
 
-    with _disk_full_explained(out), _locked(out), make_engine(cfg.engine) as engine:
+    with disk_full_explained(out), locked(out), make_engine(cfg.engine) as engine:
         remove_leftovers(out)
         engine.share(out)
         with timed("compile"):
@@ -147,7 +146,7 @@ def run(cfg: DataConfig, *, quiet: bool = False) -> Report:
             with timed("tokenize"):
                 tokenized = _tokenize(cfg, engine, verdicts, decided, tokenizer, quiet=quiet)
             with timed("pack"):
-                packs = _pack(cfg, out, tokenized)
+                packs = plan_packs(cfg.pack, out, tokenized.shards)
             report.manifest = _manifest(cfg, decided, tokenizer, tokenized, packs)
             report.funnel = report.manifest.funnel
             report.tokens, report.fertility = tokenized.tokens, tokenized.fertility
@@ -211,7 +210,7 @@ def _write_facts(cfg: DataConfig, report: Report, verdicts: Verdicts) -> None:
         for name, seconds in report.seconds.items()
     ]
     facts["funnel"] = report.funnel
-    facts |= {"stop_after": cfg.stop_after.name, "config": cfg.deciding(), "versions": _versions()}
+    facts |= {"stop_after": cfg.stop_after.name, "config": cfg.deciding(), "versions": versions()}
     reasons = {**BAD_REASONS, **SKIP_REASONS}
     if bad := {name: drop for name, drop in report.funnel[0]["dropped"].items() if name in reasons}:
         facts["quarantine"] = bad
@@ -368,7 +367,7 @@ def _export(
         "funnel": _totals_only(decided["funnel"]),
         "config": cfg.deciding(),
         "input_hash": decided["input_hash"],
-        "versions": _versions(),
+        "versions": versions(),
     }
     write_json(verdicts.out / DOCUMENTS_NAME, listing)
     return files
@@ -465,42 +464,6 @@ def _write_held_out_text(verdicts: Verdicts, path: Path, num_documents: int) -> 
 # Pass 4.
 
 
-def _pack(cfg: DataConfig, out: Path, tokenized: Tokenized) -> list[PackEntry]:
-    content = [[shard.sha256, shard.idx_sha256] for shard in tokenized.shards]
-    entries = []
-    for seq_len in sorted(cfg.pack.seq_lens):
-        for strategy in cfg.pack.strategies:
-            window = cfg.pack.window_documents if strategy is Packing.best_fit else None
-            key = key_of(version=PACK_VERSION, shards=content, window_documents=window)
-            folder = f"packs/{key}/seq{seq_len}-{strategy.name}"
-            done = out / folder / "packs.json"
-            finished = read_done(done)
-            if finished is None:
-                packs = [
-                    _plan(cfg.pack, out, folder, tokenized.shards, split, seq_len, strategy)
-                    for split in SPLITS
-                ]
-                finished = {"packs": [asdict(pack) for pack in packs]}
-                write_done(done, finished, sorted((out / folder).glob("*.npy")))
-            entries += [PackEntry(**entry) for entry in finished["packs"]]
-    return entries
-
-
-def _plan(
-    cfg: PackConfig, out: Path, folder: str, shards: list[ShardEntry], split: str, seq_len: int,
-    strategy: Packing,
-) -> PackEntry:  # fmt: skip
-    own = [shard for shard in shards if shard.split == split]
-    num_tokens = sum(shard.num_tokens for shard in own)
-    if split == "train" and num_tokens < seq_len:
-        raise DataError(
-            f"the training split holds {num_tokens:,} tokens, less than one row of "
-            f"pack.seq_lens={seq_len}; give more text, or lower pack.seq_lens"
-        )
-    lengths = (ShardIndex(shard_files(out / shard.path)[1]).doc_lengths for shard in own)
-    return write_plan(out, folder, split, seq_len, strategy, lengths, window_documents=cfg.window_documents)
-
-
 def _manifest(
     cfg: DataConfig,
     decided: dict[str, Any],
@@ -523,7 +486,7 @@ def _manifest(
     funnel = [
         *_totals_only(decided["funnel"]),
         tokenize_funnel,
-        *(_pack_funnel(pack, shards) for pack in packs),
+        *(pack_funnel(pack, shards) for pack in packs),
     ]
     for entry in funnel:
         check_closes(entry)
@@ -538,22 +501,10 @@ def _manifest(
         config=config,
         config_hash=hash_json(config),
         input_hash=decided["input_hash"],
-        versions=_versions(),
+        versions=versions(),
         held_out_text=tokenized.held_out_text,
-        tool_version=_tool_version(),
+        tool_version=tool_version(),
     )
-
-
-def _pack_funnel(pack: PackEntry, shards: list[ShardEntry]) -> dict[str, Any]:
-    """Tokens that come in are targets, or the first of their document, which nothing predicts."""
-    own = [shard for shard in shards if shard.split == pack.split]
-    num_tokens, num_documents = sum(s.num_tokens for s in own), sum(s.num_documents for s in own)
-    return {
-        "pass": f"pack {pack.split} seq_len={pack.seq_len} {pack.strategy}",
-        "in": {"tokens": num_tokens},
-        "kept": {"tokens": pack.num_target_tokens},
-        "dropped": {"first_of_document": {"tokens": num_documents}},
-    }
 
 
 def _totals_only(funnel: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -568,51 +519,3 @@ def _warm_up(cfg: DataConfig, signals: SignalsConfig) -> None:
         markup.extraction_work(b"<p>")
     python_docs.extract([b'"""a"""\n# b\n'])
     words.warm_up()
-
-
-def _versions() -> dict[str, str]:
-    names = ("numba", "numpy", "pyarrow", "sentencepiece", "xxhash", "zstandard")
-    return {"python": platform.python_version(), "unicode": unicodedata.unidata_version} | {
-        name: version(name) for name in names
-    }
-
-
-def _tool_version() -> str:
-    try:
-        return version("llmtrain")
-    except PackageNotFoundError:
-        return "source tree"
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    lock = FolderLock(out)
-    try:
-        lock.acquire()
-    except OSError as error:
-        if isinstance(error, LaunchError) or error.errno in DISK_FULL:
-            raise
-        raise DataError(f"out={out} cannot be written: {error.strerror}; give another out=FOLDER") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def _disk_full_explained(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EROFS:
-            raise DataError(
-                f"out={out} cannot be written any more: {error}; mount it for writing again, or give another "
-                "out=FOLDER. The same command then goes on where it was"
-            ) from error
-        if error.errno not in DISK_FULL:
-            raise
-        written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-        raise DataError(
-            f"no space left for {out}: {written:,} bytes written, {free_bytes(out):,} bytes free on its "
-            "file system. Free some, or give another out=FOLDER; the same command then goes on where it was"
-        ) from error

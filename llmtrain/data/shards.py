@@ -22,7 +22,7 @@ import xxhash
 
 from llmtrain.data.manifest import SUM_BLOCK_BYTES, shard_files
 from llmtrain.errors import DataError
-from llmtrain.files import fsync_folder, temporary_beside
+from llmtrain.files import atomic_write, fsync_folder, temporary_beside
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_VERSION = 1
@@ -225,6 +225,35 @@ class ShardWriter:
             self.abort()
 
 
+def index_shard(prefix: Path, dtype: str, doc_lengths: npt.NDArray[np.int64], *, eos_id: int) -> ShardResult:
+    """Write the .idx and .sums files of a .bin file that is there, and count and hash what it holds."""
+    bin_path, idx_path = shard_files(prefix)
+    sha256, xxh3, sums = hashlib.sha256(), xxhash.xxh3_128(), BlockSums()
+    max_id, num_eos = 0, 0
+    with open(bin_path, "rb") as handle:
+        while payload := handle.read(4 * SUM_BLOCK_BYTES):
+            for digest in (sha256, xxh3, sums):
+                digest.update(payload)
+            tokens = np.frombuffer(payload, dtype=np.dtype(dtype).newbyteorder("<"))
+            max_id = max(max_id, int(tokens.max()))
+            num_eos += int(np.count_nonzero(tokens == eos_id))
+    index, all_sums = idx_bytes(doc_lengths, dtype), sums.finish()
+    for path, content in ((sums_file(prefix), all_sums), (idx_path, index)):
+        with atomic_write(path) as target:
+            target.write(content)
+    return ShardResult(
+        num_documents=len(doc_lengths),
+        num_tokens=int(doc_lengths.sum()),
+        num_bytes=bin_path.stat().st_size,
+        max_id=max_id,
+        num_eos=num_eos,
+        sha256=sha256.hexdigest(),
+        idx_sha256=hashlib.sha256(index).hexdigest(),
+        xxh3_128=xxh3.hexdigest(),
+        sums_xxh3_128=xxhash.xxh3_128_hexdigest(all_sums),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lineage:
     """Where a document of a shard came from."""
@@ -324,6 +353,7 @@ class ShardIndex:
             raise DataError(
                 f"{path} has {path.stat().st_size} bytes, {self.num_documents} documents need {expected}"
             )
+        self.num_indices = num_indices
         self.content = np.asarray(
             np.memmap(path, dtype="u1", mode="r")
         )  # compiled loops know plain arrays best
@@ -352,3 +382,8 @@ class ShardIndex:
         """Of every document: number of its first token."""
         end = self._pointers_at + 8 * self.num_documents
         return self.content[self._pointers_at : end].view("<i8").astype(np.int64) // self.item_bytes
+
+    def document_indices(self) -> npt.NDArray[np.int64]:
+        """The sequences at which Megatron's documents begin, and after the last their number."""
+        begin = self._pointers_at + 8 * self.num_documents
+        return self.content[begin : begin + 8 * self.num_indices].view("<i8").astype(np.int64)

@@ -231,7 +231,7 @@ def test_an_end_is_asked_for_where_a_model_has_none(tmp_path: Path) -> None:
         load_tokenizer(path)
     assert load_tokenizer(path, eos_id=2).eos_id == 2
     path.write_bytes(trained(byte_fallback=True).proto.SerializeToString())
-    with pytest.raises(DataError, match=r"ends documents with id 2; leave tokenizer.given_eos_id=5 out"):
+    with pytest.raises(DataError, match="ends documents with id 2, and 5 was given; leave that out"):
         load_tokenizer(path, eos_id=5)
 
 

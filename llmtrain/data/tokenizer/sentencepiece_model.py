@@ -58,7 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
         own = {which: _id(getattr(self.processor, f"{which}_id")()) for which in ("eos", "bos", "pad", "unk")}
         if eos_id is not None and own["eos"] not in (None, eos_id):
             raise DataError(
-                f"{name} ends documents with id {own['eos']}; leave tokenizer.given_eos_id={eos_id} out"
+                f"{name} ends documents with id {own['eos']}, and {eos_id} was given; leave that out"
             )
         chosen = own["eos"] if eos_id is None else eos_id
         if chosen is None or not 0 <= chosen < self.vocab_size:

@@ -1,0 +1,1 @@
+"""Files of tokens of other frameworks: from them and to them."""
