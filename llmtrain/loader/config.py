@@ -77,6 +77,43 @@ class LocalityConfig:
             )
 
 
+class ObjectiveKind(Enum):
+    """What is predicted."""
+
+    causal = "causal"
+    """The next token."""
+    fim = "fim"
+    """The next token, after the middle of some documents was moved to their end (arXiv:2207.14255)."""
+    masked_lm = "masked_lm"
+    """Hidden tokens (arXiv:1810.04805); for models that see both sides."""
+    span_corruption = "span_corruption"
+    """Spans that were taken out (arXiv:1910.10683); for an encoder with a decoder."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """A view of the training rows; held-out rows stay causal."""
+
+    kind: ObjectiveKind = ObjectiveKind.causal
+    fim_rate: float = 0.5
+    """Share of documents whose middle moves. Bavarian et al. find up to 0.9 to cost nothing (section 4)."""
+    spm_rate: float = 0.5
+    """Share of those that begin with the suffix."""
+    mask_rate: float = 0.15
+    """Share of tokens that are predicted."""
+    span_rate: float = 0.15
+    """Share of tokens that are taken out."""
+    mean_span_tokens: float = 3.0
+    """Tokens a span, on average."""
+
+    def __post_init__(self) -> None:
+        for name in ("fim_rate", "spm_rate", "mask_rate", "span_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"data.objective.{name}={getattr(self, name)} must lie in 0..1")
+        if self.mean_span_tokens < 1:
+            raise ConfigError(f"data.objective.mean_span_tokens={self.mean_span_tokens} must be at least 1")
+
+
 @dataclass(kw_only=True)
 class LoaderConfig:
     """Rows come from the packs that `llmtrain data` wrote for this seq_len, of one folder or of several."""
@@ -96,6 +133,7 @@ class LoaderConfig:
     """Tokens a row. The folders must hold a pack of this length."""
     packing: Packing = Packing.concat
     """How documents became rows: a pack of this strategy must be there."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     max_epochs: float = 4.0
     """Most often a row may be seen; a run that needs more is refused. Up to 4 repeats cost almost nothing
     (Muennighoff et al. 2023, arXiv:2305.16264, section 6)."""

@@ -11,6 +11,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class Rows:
         self._vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("=")
         self._plan = open_plan(folder, manifest, entry)
+        self.view: Callable[[Int64, Row], Row] | None = None
+        """What turns rows into what the model gets (loader/objectives.py); None: they are that."""
         self._verify = verify
         self._lock = threading.Lock()
         self._open_files: OrderedDict[int, _Shard] = OrderedDict()
@@ -130,7 +133,8 @@ class Rows:
         if raw.max() >= self._vocab_size or raw.min() < 0:
             raise DataError(self._outside(raw, runs[:, :num_runs], rows))
         _fill(raw, num_spans, spans, self._pad_id, tokens, targets, positions, segments)
-        return Row(tokens, targets, positions, segments)
+        block = Row(tokens, targets, positions, segments)
+        return block if self.view is None else self.view(np.asarray(rows, dtype=np.int64), block)
 
     def lineage(self, row: int) -> list[Lineage]:
         """Return where each document of the row came from, in the row's order."""

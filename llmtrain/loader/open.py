@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmtrain import rng
 from llmtrain.data.manifest import Manifest, read_manifest
 from llmtrain.data.shards import Lineage
 from llmtrain.errors import DataError
-from llmtrain.files import hash_json
+from llmtrain.files import hash_json, plain
 from llmtrain.loader.config import LoaderConfig, OnExhausted, SourceConfig
 from llmtrain.loader.dataset import Row, Rows
 from llmtrain.loader.mixture import Mixture, Source
+from llmtrain.loader.objectives import make_view
 from llmtrain.loader.order import Locality
 
 ONLY = "data"
@@ -119,9 +121,17 @@ def open_data(cfg: LoaderConfig, *, seed: int) -> OpenData:
         )
         for split in ("train", "held_out")
     }
+    for rows in splits["train"].parts.values():
+        rows.view = make_view(
+            cfg.objective,
+            manifests[first].tokenizer.special_ids,
+            key=rng.key(seed, "objective", rows.hash),
+            eos_id=manifests[first].tokenizer.eos_id,
+            vocab_size=manifests[first].tokenizer.vocab_size,
+        )
     order = _order(cfg, sources, splits["train"], seed)
     hashes = {name: each.hash(cfg.seq_len, cfg.packing.name) for name, each in manifests.items()}
-    whole = hash_json([order.hash, hashes])
+    whole = hash_json([order.hash, hashes, plain(cfg.objective)])
     return OpenData(manifests, folders, splits["train"], splits["held_out"], order, whole)
 
 

@@ -14,6 +14,7 @@ from llmtrain import files
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.manifest import verify as verify_files
 from llmtrain.errors import ConfigError, DataError, LLMTrainError
+from llmtrain.loader.config import ObjectiveKind
 from llmtrain.loader.open import OpenData, open_data
 from llmtrain.model.size import num_params
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
@@ -45,6 +46,7 @@ FREE_AT_RESUME = (
     "data.block_rows",
     "data.locality",
     "data.packing",
+    "data.objective",
     "data.max_epochs",
     "data.verify",
     "data.prefetch_steps",
@@ -153,6 +155,13 @@ def _check_schedule(cfg: TrainRoot, found: Findings) -> None:
 
 
 def _check_data(cfg: TrainRoot, found: Findings) -> OpenData | None:
+    kind = cfg.data.objective.kind
+    if kind not in (ObjectiveKind.causal, ObjectiveKind.fim):
+        found.problems.append(
+            f"data.objective.kind={kind.name} is for models that see both sides of a token, and `llmtrain "
+            "train` trains causal ones; set causal or fim"
+        )
+        return None
     try:
         for folder in [cfg.data.folder] if cfg.data.folder else [s.folder for s in cfg.data.sources.values()]:
             _check_folder(cfg, Path(str(folder)), found)

@@ -66,6 +66,11 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         ("parallel.zero_stage=4", "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
         ("model.vocab_size=63", "model.vocab_size=63 is smaller than the vocabulary of the tokenizer"),
         ("data.seq_len=64", "no pack of split 'train' has seq_len=64; there are [32]"),
+        (
+            "data.objective.kind=masked_lm",
+            "data.objective.kind=masked_lm is for models that see both sides of a token",
+        ),
+        ("data.objective.kind=fim", "needs the tokens fim_prefix, fim_middle, fim_suffix"),
         ("train.total_tokens=1000000", "too little data: 3,907 steps x 8 rows need 31,256 rows"),
         (
             "schedule.warmup_tokens=4000",

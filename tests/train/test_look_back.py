@@ -1,5 +1,5 @@
 """What can be said of a step afterwards, by `data trace run=`, `replay` and `inspect ledger`. The run reads
-two data folders, and went on with another number of ranks."""
+two data folders, fills in the middle, and went on with another number of ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def make_data(folder: Path, name: str, tokenizer: Path | None) -> Path:
             corpus=CorpusConfig(name=name, format=Format.jsonl, paths=[str(folder / f"{name}.jsonl")]),
             held_out=HeldOutConfig(fraction=0.2),
             tokenizer=TokenizerConfig(
-                vocab_size=VOCAB_SIZE, path=None if tokenizer is None else str(tokenizer)
+                vocab_size=VOCAB_SIZE, path=None if tokenizer is None else str(tokenizer), fim=True
             ),
             pack=PackConfig(seq_lens=[32]),
             engine=EngineConfig(kind=EngineKind.inline),
@@ -70,6 +70,7 @@ def run(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"model.vocab_size={VOCAB_SIZE}",
             f"train.total_tokens={steps * 8 * 32}",
             "data.block_rows=8",
+            "data.objective.kind=fim",
             "train.save_every_steps=1",
             "train.keep_checkpoints=99",
             "train.eval_every_steps=0",
