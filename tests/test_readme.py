@@ -19,12 +19,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 
 from llmtrain.cli.compose import to_dataclass
+from llmtrain.cli.data_trace import TraceRoot
 from llmtrain.cli.main import PARTS
 from llmtrain.cli.report import ReportRoot
 from llmtrain.data.config import DataConfig
 from llmtrain.data.content.config import TrainQualityConfig
 from llmtrain.data.explain import ExplainConfig
-from llmtrain.data.trace import TraceConfig
+from llmtrain.data.formats.config import ExportConfig, ImportConfig
+from llmtrain.data.inspect import InspectConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(
@@ -41,7 +43,10 @@ SHORTER = {
 SCHEMAS = {
     "data": DataConfig,
     "data_explain": ExplainConfig,
-    "data_trace": TraceConfig,
+    "data_trace": TraceRoot,
+    "data_import": ImportConfig,
+    "data_export": ExportConfig,
+    "inspect_shards": InspectConfig,
     "data_train_quality": TrainQualityConfig,
     "report": ReportRoot,
 }
@@ -168,8 +173,8 @@ def tutorial() -> str:
     return (REPOSITORY / "docs/data.md").read_text()
 
 
-def test_every_file_that_the_readme_names_is_there() -> None:
-    for page in (REPOSITORY / "README.md", REPOSITORY / "docs/data.md"):
+def test_every_file_that_a_page_names_is_there() -> None:
+    for page in (REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")):
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
         images = re.findall(r'src="([^"]+)"', page.read_text())
         for path in [*links, *images]:

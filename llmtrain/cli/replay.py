@@ -52,7 +52,7 @@ class ReplayRoot:
     micro_batch: int | None = None
     """Only this micro batch of each rank, from 0; null: all of them."""
     checkpoint: str | None = None
-    """Weights to take; null: the run's of the step before, or else the newest before that."""
+    """Weights to take; null: the run's of the step before, or the newest before that, or the oldest after."""
     device: str | None = None
     """null: a GPU if there is one, else the CPU."""
     precision: Precision | None = None
@@ -122,7 +122,7 @@ def replay(cfg: ReplayRoot) -> Replayed:
     """
     Raises:
         DataError: no ledger, no such step or rank, or other data than the run's.
-        CheckpointError: no weights from before the step.
+        CheckpointError: no weights.
     """
     folder = Path(cfg.run)
     root = run_config(folder)
@@ -130,13 +130,13 @@ def replay(cfg: ReplayRoot) -> Replayed:
     step, _ = past.step(cfg.step)
     places = past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch)
     precision = cfg.precision or Precision[root.train.precision.name]
-    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else _checkpoint_before(folder, cfg.step)
+    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else _checkpoint_for(folder, cfg.step)
     model, reader = load_weights(checkpoint, device=cfg.device, precision=precision)
     if reader.step != cfg.step - 1:
+        seen = ", and have seen these rows" if reader.step >= cfg.step else ""
         log.warning(
-            "the weights are those of step %d, not of step %d: losses differ from what the run recorded",
-            reader.step,
-            cfg.step - 1,
+            "the weights are those of step %d, not of step %d%s: losses differ from what the run recorded",
+            *(reader.step, cfg.step - 1, seen),
         )
     is_whole = len(places) == step.last + 1 - step.first
     rows = list(_losses(model, past, traced(past, places), quiet=cfg.format is OutputFormat.json))
@@ -154,17 +154,13 @@ def replay(cfg: ReplayRoot) -> Replayed:
     )
 
 
-def _checkpoint_before(run: Path, step: int) -> Path:
+def _checkpoint_for(run: Path, step: int) -> Path:
+    """Weights for a step: those of the step before, or the newest before that, or the oldest after it."""
     folder = RunFolder(run).checkpoints
     there = list_checkpoints(folder)
-    before = [number for number in there if number < step]
-    if not before:
-        told = ", ".join(map(str, there)) or "none"
-        raise CheckpointError(
-            f"no checkpoint from before step {step} in {folder} (steps there: {told}); name one with "
-            "checkpoint=FOLDER, and keep more with train.keep_checkpoints"
-        )
-    return checkpoint_path(folder, before[-1])
+    if not there:
+        raise CheckpointError(f"no finished checkpoint in {folder}; name one with checkpoint=FOLDER")
+    return checkpoint_path(folder, max([number for number in there if number < step], default=there[0]))
 
 
 def _recorded(run: Path, step: int) -> float | None:

@@ -214,7 +214,10 @@ def test_other_weights_are_said_to_be_other(
     assert found.weights_step == 5
     assert "the weights are those of step 5, not of step 7" in caplog.text
     assert found.loss != pytest.approx(found.recorded_loss, abs=1e-5)
-    with pytest.raises(CheckpointError, match="no checkpoint from before step 1"):
+    assert replay.replay(replay.ReplayRoot(run=str(copy), step=1, device="cpu")).weights_step == 1
+    assert "the weights are those of step 1, not of step 0, and have seen these rows" in caplog.text
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"no finished checkpoint in .* checkpoint=FOLDER"):
         replay.replay(replay.ReplayRoot(run=str(copy), step=1, device="cpu"))
 
 
