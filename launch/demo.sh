@@ -48,6 +48,7 @@ if ((10#$(last_step) < kill_at)); then
 fi
 step "${train[@]}"
 
+step llmtrain inspect ledger "run=$run" recompute=true
 step llmtrain evaluate "checkpoint=$run"
 step llmtrain generate "checkpoint=$run" prompt="Return the number of" temperature=0.7 top_p=0.9
 step llmtrain report "run=$run"

@@ -124,11 +124,16 @@ def read_data_run(folder: Path) -> DataRun:
     """Read the facts of a data folder, and its manifest if the last run wrote one.
 
     Raises:
-        DataError: neither, or facts that are not JSON.
+        DataError: neither, facts that are not JSON, or a folder of imported tokens.
     """
     path = folder / FACTS_NAME
     if not path.is_file():
         manifest = read_manifest(folder)
+        if manifest.funnel and manifest.funnel[0]["pass"] == "import":
+            raise DataError(
+                f"{folder} was imported as tokens, so there is no text to report on; `llmtrain inspect "
+                f"shards folder={folder}` shows what it holds"
+            )
         note = f"{FACTS_NAME} is missing: only the manifest's figures are shown. `llmtrain data` writes it."
         return DataRun(folder=folder, manifest=manifest, facts_note=note)
     try:

@@ -32,6 +32,7 @@ from llmtrain.data.shards import ShardReader
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.data.trace import OutputFormat, TraceConfig, trace
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.tracking.data_report import write_data_report
 
 KINDS = list(TokenFormat)
 
@@ -205,6 +206,8 @@ def test_what_is_exported_comes_back_as_it_was(
     assert [pack.num_rows for pack in back.packs] == [pack.num_rows for pack in manifest.packs]
     assert back.tokenizer.fingerprint == manifest.tokenizer.fingerprint
     assert "linked" in capsys.readouterr().out
+    with pytest.raises(DataError, match="was imported as tokens, so there is no text to report on"):
+        write_data_report(tmp_path / "back")
 
 
 def test_held_out_text_is_what_the_shards_encode(folder: Path, tmp_path: Path) -> None:
