@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llmtrain.cli import data_explain, data_trace
+from llmtrain.cli.data_trace import TraceRoot, trace
 from llmtrain.cli.report import ReportRoot, report
 from llmtrain.data.config import StopAfter
 from llmtrain.data.content.config import ContentConfig, PiiConfig
@@ -20,7 +21,6 @@ from llmtrain.data.dedup.config import DedupConfig, LineConfig, NearConfig, Ngra
 from llmtrain.data.explain import Cluster, ExplainConfig, Explanation, Relative, explain, verdict_tables
 from llmtrain.data.filters.config import EditsConfig, RulesConfig
 from llmtrain.data.pipeline import run
-from llmtrain.data.trace import TraceConfig, trace
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(folder: Path) -> None:
 
 
 def test_a_traced_token_is_shown_in_its_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [traced] = trace(TraceConfig(folder=str(folder), token=40, length=4))
-    data_trace.show(TraceConfig(folder=str(folder), token=40, length=4))
+    [traced] = trace(TraceRoot(folder=str(folder), token=40, length=4))
+    data_trace.show(TraceRoot(folder=str(folder), token=40, length=4))
     shown = capsys.readouterr().out
     assert f"texts.jsonl, record {traced.record}" in shown
     assert f"bytes      {traced.byte_start} to {traced.byte_end} of {traced.text_bytes:,}" in shown
@@ -72,15 +72,15 @@ def test_a_traced_token_is_shown_in_its_text(folder: Path, capsys: pytest.Captur
 
 def test_a_row_shows_two_lines_for_each_document(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     length = 600
-    runs = trace(TraceConfig(folder=str(folder), token=0, length=length))
-    data_trace.show(TraceConfig(folder=str(folder), token=0, length=length))
+    runs = trace(TraceRoot(folder=str(folder), token=0, length=length))
+    data_trace.show(TraceRoot(folder=str(folder), token=0, length=length))
     shown = capsys.readouterr().out
     assert shown.count("\n") == 2 * len(runs) > 2
     assert all(traced.document_id in shown for traced in runs)
 
 
 def test_a_token_of_a_tokenizer_that_loses_text_says_so(folder: Path) -> None:
-    [traced] = trace(TraceConfig(folder=str(folder), token=0))
+    [traced] = trace(TraceRoot(folder=str(folder), token=0))
     lines = [line.plain for line in data_trace.details(replace(traced, is_exact=False, text=""))]
     assert any("does not give back the text" in line for line in lines)
     assert "<end of document>" in lines[-1]
@@ -159,7 +159,7 @@ def test_a_trace_and_an_explanation_show_the_text_that_deduplication_left(
         ),
     )
     run(cfg, quiet=True)
-    found = trace(TraceConfig(folder=cfg.out, token=0, length=1 << 20))
+    found = trace(TraceRoot(folder=cfg.out, token=0, length=1 << 20))
     explained = [
         explain(ExplainConfig(folder=cfg.out, id=one.document_id, text_chars=10**6)) for one in found
     ]
