@@ -290,7 +290,10 @@ class ShardReader:
                 f"{bin_path} has {bin_path.stat().st_size:,} bytes, "
                 f"its index says {self.num_tokens * item_bytes:,}"
             )
-        self._tokens = np.memmap(bin_path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        self._tokens: TokenIds = (
+            np.memmap(bin_path, dtype=dtype, mode="r") if self.num_tokens else np.zeros(0, dtype=dtype)
+        )
         self._lineage: dict[str, list[Any]] | None = None
 
     def tokens(self, start: int, length: int) -> TokenIds:

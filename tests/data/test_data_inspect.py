@@ -15,7 +15,7 @@ from llmtrain.data.config import ShardsConfig
 from llmtrain.data.inspect import InspectConfig, inspect_shards
 from llmtrain.data.manifest import read_manifest, shard_files
 from llmtrain.data.pipeline import run
-from llmtrain.data.shards import sums_file
+from llmtrain.data.shards import idx_bytes, sums_file
 from llmtrain.data.trace import OutputFormat
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import hash_file
@@ -124,6 +124,14 @@ def test_a_bare_pair_of_files_needs_no_manifest(folder: Path, capsys: pytest.Cap
     assert (shard["num_documents"], shard["num_tokens"]) == (entry.num_documents, entry.num_tokens)
     assert shard["max_id"] == entry.max_id
     assert shard["num_eos"] is None
+
+
+def test_a_pair_without_a_document_is_shown(tmp_path: Path) -> None:
+    """As Megatron's builder leaves it when nothing was added."""
+    (tmp_path / "none.bin").touch()
+    (tmp_path / "none.idx").write_bytes(idx_bytes(np.zeros(0, dtype=np.int64), "uint16"))
+    [shard] = inspect_shards(InspectConfig(prefix=str(tmp_path / "none"))).shards
+    assert (shard.num_documents, shard.num_tokens, shard.max_id, shard.problems) == (0, 0, None, [])
 
 
 @pytest.mark.parametrize(
