@@ -11,12 +11,9 @@ from rich.console import Console
 from rich.text import Text
 
 from llmtrain.cli.compose import run_verb
-from llmtrain.cli.past_step import TracedRow, past_run, traced
+from llmtrain.cli.past_step import TracedRow, excerpt, past_run, traced
 from llmtrain.data.trace import OutputFormat, TraceConfig, Traced, as_json, trace
 from llmtrain.errors import ConfigError
-
-EXCERPT_CHARS = 100
-"""Of each document, when a trace touches several."""
 
 
 @dataclass(kw_only=True)
@@ -39,8 +36,15 @@ class TraceRoot(TraceConfig):
             super().__post_init__()
         elif self.step is None or self.step < 1:
             raise ConfigError(f"step={self.step} with run={self.run}: steps of a run count from 1")
-        elif (self.folder, self.shard, self.token, self.row) != (None, None, None, None):
-            raise ConfigError("folder, shard, token and row name a place in the data; leave run out for them")
+        elif given := [
+            name
+            for name in ("folder", "shard", "token", "row", "seq_len", "split", "length", "packing")
+            if getattr(self, name) != getattr(TraceConfig, name)
+        ]:
+            raise ConfigError(
+                f"{', '.join(given)}: a place in the data, and run={self.run} is a step of a run; leave one "
+                "of them out"
+            )
 
 
 def main() -> None:
@@ -117,5 +121,4 @@ def overview(found: list[Traced]) -> Iterator[Text]:
             (f"token {run.token:,}, {run.num_tokens:,} long", "bold"),
             f"  {place}, document {run.document_id}",
         )
-        excerpt = " ".join(run.text.split())
-        yield Text(f"    {excerpt[:EXCERPT_CHARS]}{'…' if len(excerpt) > EXCERPT_CHARS else ''}", "dim")
+        yield Text(f"    {excerpt(run.text)}", "dim")

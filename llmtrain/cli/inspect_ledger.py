@@ -47,7 +47,7 @@ def show(cfg: InspectLedgerConfig) -> None:
     num_recomputed = 0
     if cfg.recompute:
         past = past_run(folder)
-        steps = chain[-cfg.last :] if cfg.last else chain
+        steps = past.of_this_data(chain[-cfg.last :] if cfg.last else chain)
         quiet = cfg.format is OutputFormat.json
         with progress("recompute", total=len(steps), unit="steps", quiet=quiet) as advance:
             for problem in past.other_tokens(steps):
@@ -100,6 +100,12 @@ def summary(ledger: Ledger, num_recomputed: int, problems: list[str]) -> list[st
             f"steps 1 to {chain[-1].step:,} took rows 0 to {chain[-1].last:,}, each once; {again:,} steps "
             "were done again after restarts, with the same tokens"
         )
+    for attempt in ledger.attempts:
+        if attempt.accepted_change:
+            told.append(
+                f"attempt {attempt.attempt} went on with other data after step {attempt.step:,}, as "
+                "data.accept_changed=true asked: rows before and after are not those of one order"
+            )
     if ledger.num_torn:
         told.append(
             f"{ledger.num_torn} lines were cut off by a kill; their steps were done again, or never counted"

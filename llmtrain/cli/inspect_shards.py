@@ -62,7 +62,7 @@ def lines(found: Inspection, *, content: bool) -> list[str]:
     """Every problem, and the sum."""
     told = [problem for shard in found.shards for problem in shard.problems] + found.problems
     told += [
-        f"moved to {path}.*; `llmtrain data` with the same settings writes it again"
+        f"moved to {path}.*; `{found.made_by}` with the same settings writes it again"
         for path in found.quarantined
     ]
     num_damaged = sum(bool(shard.problems) for shard in found.shards)

@@ -10,12 +10,20 @@ from llmtrain.cli.run_config import run_config
 from llmtrain.data.trace import Traced, trace_rows
 from llmtrain.loader.replay import PastRun, StepRow
 
+EXCERPT_CHARS = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class TracedRow:
     place: StepRow
     documents: list[Traced]
     """One for each of the row's segments, in their order."""
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text on one line."""
+    line = " ".join(text.split())
+    return line[:EXCERPT_CHARS] + ("…" if len(line) > EXCERPT_CHARS else "")
 
 
 def past_run(folder: Path) -> PastRun:

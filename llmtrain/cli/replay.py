@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from llmtrain.cli.compose import run_verb
-from llmtrain.cli.past_step import TracedRow, traced
+from llmtrain.cli.past_step import TracedRow, excerpt, traced
 from llmtrain.cli.restore import Precision, load_weights
 from llmtrain.cli.run_config import run_config
 from llmtrain.data.trace import OutputFormat, Traced
@@ -36,7 +36,6 @@ from llmtrain.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
-EXCERPT_CHARS = 100
 AT_ONCE = 8
 """Rows that are read and kept at a time."""
 
@@ -213,13 +212,11 @@ def worst_documents(found: Replayed, *, worst: int) -> Iterator[Text]:
     every.sort(key=lambda pair: -(pair[1].loss or 0.0))
     for row, each in every[:worst]:
         place = row.place
-        excerpt = " ".join(each.document.text.split())
         yield Text.assemble(
             (f"{each.loss:8.4f}", "bold"),
             f" over {each.num_targets:,} targets  row {place.position:,}, rank {place.rank}, micro batch "
             f"{place.micro_batch}, {place.source}: {each.document.path}, record {each.document.record:,}",
         )
-        cut = "…" if len(excerpt) > EXCERPT_CHARS else ""
-        yield Text(f"         {excerpt[:EXCERPT_CHARS]}{cut}", "dim")
+        yield Text(f"         {excerpt(each.document.text)}", "dim")
     if len(every) > worst:
         yield Text(f"and {len(every) - worst:,} more with lower losses")

@@ -1,12 +1,14 @@
 """What the shards of a data folder hold, and whether every byte of them is what it should be.
 
-Nothing is mended. A damaged shard can be put away, and `llmtrain data` with the same settings writes it anew.
+Nothing is mended. A damaged shard can be put away, and the command that made the folder, `llmtrain data` or
+`llmtrain data import`, with the same settings writes it anew.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmtrain.data.folder import locked
 from llmtrain.data.manifest import (
     Manifest,
     ShardEntry,
@@ -87,6 +90,8 @@ class Inspection:
     problems: list[str] = field(default_factory=list)
     """Of the folder as a whole: tokenizer, packs."""
     quarantined: list[str] = field(default_factory=list)
+    made_by: str | None = None
+    """The command that made the folder."""
 
     @property
     def num_problems(self) -> int:
@@ -97,14 +102,25 @@ def inspect_shards(cfg: InspectConfig) -> Inspection:
     """Look at the shards that `cfg` names.
 
     Raises:
-        DataError: no such folder, shard or prefix.
+        DataError: no such folder, shard or prefix. LaunchError: files are to be moved, and somebody writes
+        the folder.
     """
     if cfg.prefix is not None:
         return Inspection(shards=[_bare(Path(cfg.prefix), content=cfg.content)])
     folder = Path(str(cfg.folder))
     manifest = read_manifest(folder)
+    with locked(folder) if cfg.quarantine else nullcontext():
+        return _folder(cfg, folder, manifest)
+
+
+def as_json(found: Inspection) -> dict[str, Any]:
+    return asdict(found)
+
+
+def _folder(cfg: InspectConfig, folder: Path, manifest: Manifest) -> Inspection:
     entries = list(manifest.shards) if cfg.shard is None else [shard_named(manifest, cfg.shard, cfg.split)]
-    found = Inspection(shards=[])
+    is_import = bool(manifest.funnel) and manifest.funnel[0]["pass"] == "import"
+    found = Inspection(shards=[], made_by="llmtrain data import" if is_import else "llmtrain data")
     total = sum(entry.num_bytes for entry in entries)
     quiet = cfg.format is OutputFormat.json
     with progress("inspect", total=total, unit="B", quiet=quiet) as advance:
@@ -118,10 +134,6 @@ def inspect_shards(cfg: InspectConfig) -> Inspection:
             if shard.problems:
                 found.quarantined.append(_put_away(folder, shard))
     return found
-
-
-def as_json(found: Inspection) -> dict[str, Any]:
-    return asdict(found)
 
 
 def _shard(folder: Path, manifest: Manifest, entry: ShardEntry, *, content: bool) -> ShardFindings:
@@ -229,12 +241,17 @@ def _lineage(prefix: Path) -> Path:
 
 
 def _put_away(folder: Path, shard: ShardFindings) -> str:
-    """Move all files of a shard, the one that says it is done first."""
+    """Move all files of a shard, the one that says it is done first. One of the same name that was put away
+    before stays: the next is `<name>-2`."""
     prefix, into = folder / shard.path, folder / QUARANTINE
     into.mkdir(parents=True, exist_ok=True)
+    taken = {path.name.partition(".")[0] for path in into.iterdir()}
+    name, number = prefix.name, 2
+    while name in taken:
+        name, number = f"{prefix.name}-{number}", number + 1
     done = prefix.with_name(f"{prefix.name}.json")
     for path in (done, *shard_files(prefix), sums_file(prefix), _lineage(prefix)):
         if path.is_file():
-            path.replace(into / path.name)
-    write_json(into / f"{prefix.name}.reason.json", {"path": shard.path, "problems": shard.problems})
-    return str(into / prefix.name)
+            path.replace(into / f"{name}{path.name.removeprefix(prefix.name)}")
+    write_json(into / f"{name}.reason.json", {"path": shard.path, "problems": shard.problems})
+    return str(into / name)

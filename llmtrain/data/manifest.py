@@ -457,4 +457,7 @@ def _check_hash(path: Path, kind: str, expected: str, found: str) -> None:
         raise DataError(f"{path} is damaged: its {kind} is {found}, the manifest says {expected}; {MEND}")
 
 
-MEND = "delete the folder it lies in and run `llmtrain data` again, or restore the file"
+MEND = (
+    "delete the folder it lies in and run the command that made it again (`llmtrain data` or "
+    "`llmtrain data import`), or restore the file"
+)

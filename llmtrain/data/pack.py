@@ -15,6 +15,7 @@ that goes on in another row loses nothing: the last position of its span still h
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -49,11 +50,20 @@ class RowPlan(Protocol):
         """The spans of these rows back to back, [4, spans] in the fields of SPAN; how many each row has."""
 
 
-def open_plan(folder: Path, manifest: Manifest, entry: PackEntry) -> RowPlan:
+def open_plan(
+    folder: Path, manifest: Manifest, entry: PackEntry, *, max_open: int = MAX_OPEN_INDEXES
+) -> RowPlan:
     """The plan of a pack. Nothing of its size is read before it is asked for."""
     if entry.strategy == Packing.concat.name:
-        return ConcatPlan(folder, manifest.split_shards(entry.split), entry.seq_len)
+        return ConcatPlan(folder, manifest.split_shards(entry.split), entry.seq_len, max_open=max_open)
     return FilePlan(folder, entry)
+
+
+def advice(error: OSError) -> str:
+    """What to do about a file that cannot be opened."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit of open files (ulimit -n)"
+    return "restore the file"
 
 
 class FilePlan:
@@ -90,7 +100,10 @@ class FilePlan:
 class ConcatPlan:
     """Rows by arithmetic. The indexes of the last shards that were needed stay mapped."""
 
-    def __init__(self, folder: Path, shards: ShardTable, seq_len: int) -> None:
+    def __init__(
+        self, folder: Path, shards: ShardTable, seq_len: int, *, max_open: int = MAX_OPEN_INDEXES
+    ) -> None:
+        self.max_open = max_open
         self.folder = folder
         self.shards = shards
         self.seq_len = seq_len
@@ -128,13 +141,13 @@ class ConcatPlan:
         try:
             index = ShardIndex(path)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}; restore the file") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}; {advice(error)}") from error
         expected = int(self.shards.records["num_documents"][number])
         if index.num_documents != expected:
             raise DataError(
                 f"{path} has {index.num_documents} documents, the manifest says {expected}; restore the file"
             )
-        if len(self._open) >= MAX_OPEN_INDEXES:
+        if len(self._open) >= self.max_open:
             self._open.popitem(last=False)
         self._open[number] = index
         return index

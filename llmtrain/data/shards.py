@@ -141,7 +141,7 @@ class ShardWriter:
 
         Raises:
             DataError: a document without a token or of too many, one that does not end in EOS, or an id
-            outside the vocabulary.
+            outside the vocabulary or past what the dtype holds.
         """
         if len(doc_lengths) == 0:
             return
@@ -156,6 +156,12 @@ class ShardWriter:
         if low < 0 or high >= self.vocab_size:
             raise DataError(
                 f"token ids {low}..{high} of {self.prefix} are outside the vocabulary of {self.vocab_size}"
+            )
+        largest = int(np.iinfo(self.dtype).max)
+        if high > largest:
+            raise DataError(
+                f"token id {high} of {self.prefix} does not fit into {self.dtype}, which ends at {largest}; "
+                "write the shard as int32"
             )
         unfinished = np.flatnonzero(token_ids[ends - 1] != self.eos_id)
         if len(unfinished):

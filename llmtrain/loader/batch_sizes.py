@@ -38,20 +38,13 @@ class BatchSizes:
         """Rows of the step that begins at `position`."""
         return self.sizes[bisect.bisect_right(self.starts, position) - 1]
 
-    def steps_before(self, position: int) -> int:
-        """Steps that begin before `position`."""
+    def walk(self, position: int, until: int) -> tuple[int, int]:
+        """(steps from `position` on until `until` is reached, where the last of them ends)."""
         steps = 0
-        for start, end, size in zip(self.starts, (*self.starts[1:], None), self.sizes, strict=True):
-            if position <= start:
-                break
-            steps += -(-((position if end is None else min(position, end)) - start) // size)
-        return steps
-
-    def position_of(self, step: int) -> int:
-        """Position at which step number `step`, counted from 0, begins."""
-        for start, end, size in zip(self.starts, (*self.starts[1:], None), self.sizes, strict=True):
-            in_stage = None if end is None else (end - start) // size
-            if in_stage is None or step < in_stage:
-                return start + step * size
-            step -= in_stage
-        raise AssertionError("the last stage has no end")
+        while position < until:
+            stage = bisect.bisect_right(self.starts, position) - 1
+            end = min([until, *self.starts[stage + 1 : stage + 2]])
+            more = -(-(end - position) // self.sizes[stage])
+            steps += more
+            position += more * self.sizes[stage]
+        return steps, position

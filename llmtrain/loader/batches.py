@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llmtrain.errors import ConfigError, DataError
+from llmtrain.errors import ConfigError, DataError, LLMTrainError
 from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.loader.ledger import MASK_64, hash_rows
@@ -91,6 +91,7 @@ class RowReader(Protocol):
     """What reads rows."""
 
     num_rows: int
+    seq_len: int
 
     def read_many(self, rows: npt.NDArray[np.integer[Any]]) -> Row: ...
 
@@ -98,7 +99,7 @@ class RowReader(Protocol):
 class Batches:
     """This rank's micro batches of every step.
 
-    While a step computes, a thread reads the next `prefetch_steps`; an error in it is raised, with its
+    A thread reads: while a step computes, the next `prefetch_steps`. An error in it is raised, with its
     traceback, by the call that asks for that step, and so is that a read takes longer than `timeout_s`. Call
     `close` before the process ends: a thread that is still inside torch when the interpreter goes aborts the
     process.
@@ -143,20 +144,17 @@ class Batches:
             DataError: A shard is missing or damaged; the message names the row and the file. A read that
                 does not come back.
         """
-        ready = self._ahead.pop(position, None)
-        if ready is None:
-            self._forget()  # the run jumped
-            found = self._read(position)
-        else:
-            try:
-                found = ready.result(timeout=self.timeout_s)
-            except TimeoutError:
-                raise DataError(
-                    f"reading the step at row {position:,} has not come back after {self.timeout_s:g} s; is "
-                    "the file system of the data there? The thread that reads is still waiting for it"
-                ) from None
-        if self.prefetch_steps:
-            self._read_ahead(position + self.sizes.rows_at(position))
+        if position not in self._ahead:
+            self._forget()  # the run begins, or jumped
+            self._enqueue(position, 1)
+        try:
+            found = self._ahead.pop(position).result(timeout=self.timeout_s)
+        except TimeoutError:
+            raise DataError(
+                f"reading the step at row {position:,} has not come back after {self.timeout_s:g} s; is the "
+                "file system of the data there? The thread that reads is still waiting for it"
+            ) from None
+        self._enqueue(position + self.sizes.rows_at(position), self.prefetch_steps)
         return found
 
     def _read(self, position: int) -> StepBatches:
@@ -171,9 +169,10 @@ class Batches:
             micro_batches.append(batch.pinned() if self.pin_memory else batch)
         return StepBatches(micro_batches, total & MASK_64)
 
-    def _read_ahead(self, position: int) -> None:
+    def _enqueue(self, position: int, steps: int) -> None:
+        """Have the thread read so many steps from `position` on, those that are not under way."""
         with self._wake:
-            for _ in range(self.prefetch_steps):
+            for _ in range(steps):
                 if position not in self._ahead:
                     self._ahead[position] = Future()
                     self._queue.append((position, self._ahead[position]))
@@ -223,7 +222,13 @@ def check_split(*, global_batch_rows: int, micro_batch_rows: int, dp_size: int) 
 
 
 def held_out_batches(
-    rows: RowReader, *, micro_batch_rows: int, dp_rank: int, dp_size: int, max_rows: int | None = None
+    rows: RowReader,
+    *,
+    micro_batch_rows: int,
+    dp_rank: int,
+    dp_size: int,
+    max_rows: int | None = None,
+    on_failure: Callable[[LLMTrainError], None] | None = None,
 ) -> Iterator[Batch]:
     """Yield this rank's part of `max_rows` rows spread evenly over the split (None: all of it), in order.
 
@@ -231,6 +236,10 @@ def held_out_batches(
 
     Every rank gets the same number of batches of the same shape, so collectives in the forward stay in
     step: where the rows run out, rows that are masked as a whole fill up.
+
+    Args:
+        on_failure: takes what went wrong with a read, and a masked batch stands in, for ranks that must stay
+            in step until they can agree to stop. None: it is raised.
     """
     num_rows = rows.num_rows if max_rows is None else min(max_rows, rows.num_rows)
     rows_at_once = micro_batch_rows * dp_size
@@ -238,9 +247,21 @@ def held_out_batches(
         numbers = first + dp_rank * micro_batch_rows + np.arange(micro_batch_rows)
         is_real = numbers < num_rows
         chosen = np.minimum(numbers, num_rows - 1) * rows.num_rows // max(1, num_rows)
-        block = rows.read_many(chosen)
+        try:
+            block = rows.read_many(chosen)
+        except LLMTrainError as error:
+            if on_failure is None:
+                raise
+            on_failure(error)
+            block, is_real = _blank(micro_batch_rows, rows.seq_len), np.zeros_like(is_real)
         block.targets[~is_real] = NO_TARGET
         yield to_batch(block, np.where(is_real, chosen, NO_ROW))
+
+
+def _blank(num_rows: int, seq_len: int) -> Row:
+    positions = np.broadcast_to(np.arange(seq_len), (num_rows, seq_len)).copy()
+    tokens = np.zeros_like(positions)
+    return Row(tokens, tokens.copy(), positions, tokens.astype(np.int32))
 
 
 def to_batch(block: Row, rows: npt.NDArray[np.int64]) -> Batch:

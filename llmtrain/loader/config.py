@@ -113,6 +113,18 @@ class ObjectiveConfig:
         if self.mean_span_tokens < 1:
             raise ConfigError(f"data.objective.mean_span_tokens={self.mean_span_tokens} must be at least 1")
 
+    def deciding(self) -> dict[str, object]:
+        """The settings that decide what a row becomes: those of the kind."""
+        return {"kind": self.kind.name, **{name: getattr(self, name) for name in SETTINGS_OF[self.kind]}}
+
+
+SETTINGS_OF: dict[ObjectiveKind, tuple[str, ...]] = {
+    ObjectiveKind.causal: (),
+    ObjectiveKind.fim: ("fim_rate", "spm_rate"),
+    ObjectiveKind.masked_lm: ("mask_rate",),
+    ObjectiveKind.span_corruption: ("span_rate", "mean_span_tokens"),
+}
+
 
 @dataclass(kw_only=True)
 class LoaderConfig:

@@ -23,8 +23,8 @@ import xxhash
 from llmtrain.compiled import compiled_lean
 from llmtrain.data.config import Packing
 from llmtrain.data.manifest import SUM_BLOCK_BYTES, Manifest, damaged_block, shard_files, xxh3_of_file
-from llmtrain.data.pack import open_plan
-from llmtrain.data.shards import Lineage, ShardReader, sums_file
+from llmtrain.data.pack import advice, open_plan
+from llmtrain.data.shards import sums_file
 from llmtrain.errors import DataError
 from llmtrain.files import hash_json
 from llmtrain.loader.config import Verify
@@ -63,8 +63,13 @@ class Rows:
         packing: Packing = Packing.concat,
         *,
         verify: Verify = Verify.none,
+        max_open: int = MAX_OPEN_SHARDS,
     ) -> None:
-        """`verify`: `open` hashes a shard when it is first needed, `touch` each of its blocks."""
+        """
+        Args:
+            verify: `open` hashes a shard when it is first needed, `touch` each of its blocks.
+            max_open: shards whose files stay open; a process that reads several packs shares the limit.
+        """
         entry = manifest.pack(split, seq_len, packing.name)
         if entry.num_rows < 1:
             raise DataError(
@@ -90,7 +95,8 @@ class Rows:
         self._pad_id = manifest.tokenizer.eos_id
         self._vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("=")
-        self._plan = open_plan(folder, manifest, entry)
+        self._plan = open_plan(folder, manifest, entry, max_open=max_open)
+        self._max_open = max_open
         self.view: Callable[[Int64, Row], Row] | None = None
         """What turns rows into what the model gets (loader/objectives.py); None: they are that."""
         self._verify = verify
@@ -136,19 +142,6 @@ class Rows:
         block = Row(tokens, targets, positions, segments)
         return block if self.view is None else self.view(np.asarray(rows, dtype=np.int64), block)
 
-    def lineage(self, row: int) -> list[Lineage]:
-        """Return where each document of the row came from, in the row's order."""
-        with self._lock:
-            spans, _ = self._spans(np.array([row]))
-        readers = {
-            number: ShardReader(self.folder / self._shards.path(number))
-            for number in np.unique(spans[0]).tolist()
-        }
-        return [
-            readers[number].lineage(readers[number].document_at(start))
-            for number, start in spans[:2].T.tolist()
-        ]
-
     @property
     def _pack_name(self) -> str:
         return f"{self.folder}, pack of split {self.split!r} with seq_len={self.seq_len}"
@@ -172,7 +165,9 @@ class Rows:
             shard = self._open(number, row=row)
             num_read = os.preadv(shard.fd, [into], begin)
         except OSError as error:
-            raise DataError(f"{self._needed(number, row)}, cannot be read: {error.strerror}") from error
+            raise DataError(
+                f"{self._needed(number, row)}, cannot be read: {error.strerror}; {advice(error)}"
+            ) from error
         if num_read != len(into):
             raise DataError(self._other_size(number, row, os.fstat(shard.fd).st_size))
         if shard.is_checked is not None:
@@ -183,7 +178,7 @@ class Rows:
         if number in self._open_files:
             self._open_files.move_to_end(number)
             return self._open_files[number]
-        if len(self._open_files) >= MAX_OPEN_SHARDS:
+        if len(self._open_files) >= self._max_open:
             self._open_files.popitem(last=False)[1].close()
         path = self._path(number)
         sums = is_checked = None

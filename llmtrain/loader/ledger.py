@@ -24,6 +24,7 @@ from llmtrain.loader.batch_sizes import BatchSizes
 
 LEDGER_NAME = "ledger.jsonl"
 MASK_64 = 2**64 - 1
+ATTEMPT_BEGINS = b'{"kind": "attempt"'
 
 Int64 = npt.NDArray[np.int64]
 
@@ -182,8 +183,8 @@ def read_ledger(path: Path) -> Ledger:
         try:
             value = json.loads(line)
         except ValueError:
-            following = next((later for later in lines[number:] if later), b'{"kind": "attempt"')
-            if following.startswith(b'{"kind": "attempt"'):
+            following = next((later for later in lines[number:] if later), ATTEMPT_BEGINS)
+            if following[: len(ATTEMPT_BEGINS)] == ATTEMPT_BEGINS[: len(following)]:  # which may be torn, too
                 ledger.num_torn += 1
                 continue
             raise DataError(
@@ -204,40 +205,49 @@ def contradictions(ledger: Ledger) -> Iterator[str]:
     if not ledger.attempts:
         yield "there is no attempt in it"
         return
-    by_step: dict[int, Step] = {}
+    chain: dict[int, Step] = {}
+    """The run as it is after each attempt."""
+    done: dict[int, Step] = {}
+    """Whatever was done, whether it stands or not."""
     last: Attempt | None = None
     for attempt in ledger.attempts:
-        if attempt.position != 0 or attempt.step != 0:
-            before = by_step.get(attempt.step)
-            if before is None and attempt.step != 0:
-                yield f"attempt {attempt.attempt} starts after step {attempt.step}, which no earlier one did"
-            elif before is not None and before.last + 1 != attempt.position:
-                yield (
-                    f"attempt {attempt.attempt} starts at row {attempt.position:,}, but step {attempt.step} "
-                    f"ended with row {before.last:,}"
-                )
+        who = f"attempt {attempt.attempt}"
+        before = chain.get(attempt.step)
+        if attempt.step != 0 and before is None:
+            yield f"{who} starts after step {attempt.step}, which the run had not come to"
+        elif before is not None and before.last + 1 != attempt.position:
+            yield (
+                f"{who} starts at row {attempt.position:,}, but step {attempt.step} ended with row "
+                f"{before.last:,}"
+            )
+        elif attempt.step == 0 and attempt.position != 0:
+            yield f"{who} starts at row {attempt.position:,} without a step before it"
+        chain = {number: step for number, step in chain.items() if number <= attempt.step}
         if last is not None and not attempt.accepted_change:
             for name in ("seq_len", "seed", "data_hash"):
                 old, new = getattr(last, name), getattr(attempt, name)
                 if old != new:
-                    who = f"attempt {attempt.attempt}"
                     yield f"{who} has another {name} than the one before: {new}, not {old}"
         last = attempt
         position, number = attempt.position, attempt.step
         for step in (entry for entry in ledger.steps if entry.attempt == attempt.attempt):
-            size = attempt.batch_sizes.rows_at(position)
-            end = position + size - 1
+            end = position + attempt.batch_sizes.rows_at(position) - 1
             if (step.step, step.first, step.last) != (number + 1, position, end):
                 yield (
-                    f"step {step.step} of attempt {attempt.attempt} took rows {step.first:,} to "
-                    f"{step.last:,}; next was step {number + 1} with rows {position:,} to {end:,}"
+                    f"step {step.step} of {who} took rows {step.first:,} to {step.last:,}; next was step "
+                    f"{number + 1} with rows {position:,} to {end:,}"
                 )
-            done = by_step.get(step.step)
-            is_again = done is not None and (done.first, done.last) == (step.first, step.last)
-            if done is not None and is_again and done.hash != step.hash and not attempt.accepted_change:
+            old_step = done.get(step.step)
+            is_again = old_step is not None and (old_step.first, old_step.last) == (step.first, step.last)
+            if (
+                old_step is not None
+                and is_again
+                and old_step.hash != step.hash
+                and not attempt.accepted_change
+            ):
                 yield (
-                    f"step {step.step} was done by attempts {done.attempt} and {step.attempt} on rows "
-                    f"{step.first:,} to {step.last:,}, with other tokens: {done.hash} and {step.hash}"
+                    f"step {step.step} was done by attempts {old_step.attempt} and {step.attempt} on rows "
+                    f"{step.first:,} to {step.last:,}, with other tokens: {old_step.hash} and {step.hash}"
                 )
-            by_step[step.step] = step
+            chain[step.step] = done[step.step] = step
             position, number = step.last + 1, step.step

@@ -91,14 +91,19 @@ class Mixture:
         for number, (first, weights) in enumerate(stages):
             last = stages[number + 1][0] if number + 1 < len(stages) else None
             taken = self._add_stage(first, last, _fractions(weights, self.sources), taken, redistribute)
+        several = len(self.sources) > 1
         self.hash = hash_json(
             {
-                "sources": [[source.hash, source.num_rows, source.max_rows] for source in self.sources],
-                "stages": [
-                    [first, {name: weights[name] for name in sorted(weights)}] for first, weights in stages
+                "sources": [
+                    [source.hash, source.num_rows, source.max_rows if redistribute else None]
+                    for source in self.sources
                 ],
-                "block_rows": block_rows,
-                "redistribute": redistribute,
+                "stages": [
+                    [first, [str(share) for share in _shares(_fractions(weights, self.sources))]]
+                    for first, weights in stages
+                    if several
+                ],
+                "block_rows": block_rows if several else None,
                 "locality": None if locality is None else [locality.group_rows, locality.window_groups],
             }
         )
@@ -140,10 +145,6 @@ class Mixture:
             chosen = (part_of == part_number) & (block_of == block)
             source[chosen], index[chosen] = self._in_block(part_number, block, at[chosen])
         return source, index
-
-    def source_of(self, rows: npt.NDArray[np.integer[Any]]) -> Int64:
-        """Of each global row: the number of its source."""
-        return np.searchsorted(self._offsets, rows, side="right") - 1
 
     def rows_by_source(self, num_positions: int) -> dict[str, int]:
         """How many of the first positions each source gets."""
@@ -244,6 +245,12 @@ def _fractions(weights: Mapping[str, float], sources: Sequence[Source]) -> tuple
     if min(weights.values()) < 0 or not sum(weights.values()) > 0:
         raise ConfigError(f"weights of a mixture must not be negative, nor all of them 0: {dict(weights)}")
     return tuple(Fraction(weights.get(name, 0)) for name in names)
+
+
+def _shares(weights: Sequence[Fraction]) -> list[Fraction]:
+    """The same weights with the sum 1."""
+    whole = sum(weights, Fraction(0))
+    return [weight / whole for weight in weights]
 
 
 def _counts(weights: Sequence[Fraction], num_rows: int) -> list[int]:

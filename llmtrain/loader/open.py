@@ -12,11 +12,10 @@ import numpy.typing as npt
 
 from llmtrain import rng
 from llmtrain.data.manifest import Manifest, read_manifest
-from llmtrain.data.shards import Lineage
 from llmtrain.errors import DataError
-from llmtrain.files import hash_json, plain
+from llmtrain.files import hash_json
 from llmtrain.loader.config import LoaderConfig, OnExhausted, SourceConfig
-from llmtrain.loader.dataset import Row, Rows
+from llmtrain.loader.dataset import MAX_OPEN_SHARDS, Row, Rows
 from llmtrain.loader.mixture import Mixture, Source
 from llmtrain.loader.objectives import make_view
 from llmtrain.loader.order import Locality
@@ -56,12 +55,6 @@ class MixedRows:
             for name, array in whole.items():
                 array[chosen] = getattr(part, name)
         return Row(**whole)
-
-    def lineage(self, row: int) -> list[Lineage]:
-        """Return where each document of the row came from, in the row's order."""
-        [owner] = self.owners(np.array([row])).tolist()
-        found: list[Lineage] = self._rows[owner].lineage(row - int(self._starts[owner]))
-        return found
 
     def owners(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Number of the source of each row."""
@@ -112,10 +105,19 @@ def open_data(cfg: LoaderConfig, *, seed: int) -> OpenData:
                 f"{manifest.tokenizer.fingerprint[:12]} and {manifests[first].tokenizer.fingerprint[:12]}; "
                 f"make one of them again with tokenizer.path set to the other's"
             )
+    max_open = max(1, MAX_OPEN_SHARDS // len(sources))
     splits = {
         split: MixedRows(
             {
-                name: Rows(folders[name], manifest, split, cfg.seq_len, cfg.packing, verify=cfg.verify)
+                name: Rows(
+                    folders[name],
+                    manifest,
+                    split,
+                    cfg.seq_len,
+                    cfg.packing,
+                    verify=cfg.verify,
+                    max_open=max_open,
+                )
                 for name, manifest in manifests.items()
             }
         )
@@ -130,9 +132,25 @@ def open_data(cfg: LoaderConfig, *, seed: int) -> OpenData:
             vocab_size=manifests[first].tokenizer.vocab_size,
         )
     order = _order(cfg, sources, splits["train"], seed)
-    hashes = {name: each.hash(cfg.seq_len, cfg.packing.name) for name, each in manifests.items()}
-    whole = hash_json([order.hash, hashes, plain(cfg.objective)])
+    hashes = [each.hash(cfg.seq_len, cfg.packing.name) for each in manifests.values()]
+    whole = hash_json([order.hash, hashes, cfg.objective.deciding()])
     return OpenData(manifests, folders, splits["train"], splits["held_out"], order, whole)
+
+
+def open_same(cfg: LoaderConfig, *, seed: int, expected: str) -> OpenData:
+    """`open_data`, on a rank that must see what rank 0 saw.
+
+    Raises:
+        DataError: the hash is not `expected`.
+    """
+    data = open_data(cfg, seed=seed)
+    if data.hash != expected:
+        where = ", ".join(map(str, data.folders.values()))
+        raise DataError(
+            f"the data in {where} has the hash {data.hash[:12]} here, and {expected[:12]} on rank 0; give "
+            "all nodes the same files"
+        )
+    return data
 
 
 def _order(cfg: LoaderConfig, sources: Mapping[str, SourceConfig], train: MixedRows, seed: int) -> Mixture:

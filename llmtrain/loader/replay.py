@@ -110,6 +110,11 @@ class PastRun:
             total += hash_rows(first, self.data.train.read_many(self.data.order.rows_at(positions)).tokens)
         return total % 2**64
 
+    def of_this_data(self, steps: list[Step]) -> list[Step]:
+        """Those that read the data as it is now; not those before a change that was accepted."""
+        same = {entry.attempt for entry in self.ledger.attempts if entry.data_hash == self.data.hash}
+        return [step for step in steps if step.attempt in same]
+
     def other_tokens(self, steps: list[Step]) -> Iterator[str]:
         """Of each of these steps: a sentence if its tokens are not what the ledger noted, else \"\"."""
         for step in steps:

@@ -24,7 +24,7 @@ from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
 from llmtrain.loader.ledger import LEDGER_NAME, Attempt, LedgerWriter
-from llmtrain.loader.open import OpenData, open_data
+from llmtrain.loader.open import OpenData, open_data, open_same
 from llmtrain.model.init import initial_weight
 from llmtrain.model.transformer import Transformer
 from llmtrain.tracking.facts import record_start
@@ -39,6 +39,9 @@ from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
 
 log = logging.getLogger(__name__)
+
+READ_TIMEOUT_SHARE = 0.8
+"""Of the time that ranks wait for each other: a rank whose read hangs says so before the others give up."""
 
 Result = TypeVar("Result")
 
@@ -71,7 +74,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size))
         if start is None:
             return
-        data = open_data(cfg.data, seed=cfg.run.seed)
+        data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
         start_up.mark("checks")
 
@@ -88,6 +91,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             dp_size=world_size,
             prefetch_steps=cfg.data.prefetch_steps,
             pin_memory=device.type == "cuda",
+            timeout_s=READ_TIMEOUT_SHARE * cfg.train.process_group_timeout_s,
         )
         stack.callback(batches.close)
         start_up.mark("model")
@@ -109,7 +113,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                     metrics=folder.metrics,
                     attempt=start.attempt,
                     start_step=progress.step,
-                    total_steps=max(progress.step, cfg.total_steps),
+                    total_steps=progress.step + cfg.batch_sizes.walk(progress.position, cfg.wanted_rows)[0],
                     run_name=cfg.run.name,
                     run_config=files.plain(cfg),
                 )

@@ -246,7 +246,7 @@ def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings, *, veri
     found.warnings.extend(changed)
     if data is None or reader.state["config"]["data"]["seq_len"] != cfg.data.seq_len:
         return  # said above
-    now, then = data.hash, reader.state["data_hash"]
+    now, then = data.hash, reader.state.get("data_hash", "none: an older llmtrain wrote it")
     if now == then:
         return
     where = ", ".join(map(str, data.folders.values()))

@@ -220,9 +220,14 @@ class TrainRoot:
     @property
     def total_rows(self) -> int:
         """Rows of an uninterrupted run, whole steps."""
-        return self.batch_sizes.position_of(self.total_steps)
+        return self.batch_sizes.walk(0, self.wanted_rows)[1]
 
     @property
     def total_steps(self) -> int:
         """Optimizer updates of an uninterrupted run."""
-        return self.batch_sizes.steps_before(-(-self.train.total_tokens // self.data.seq_len))
+        return self.batch_sizes.walk(0, self.wanted_rows)[0]
+
+    @property
+    def wanted_rows(self) -> int:
+        """Rows at which the run is over; the step that reaches them is finished."""
+        return -(-self.train.total_tokens // self.data.seq_len)

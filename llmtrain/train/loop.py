@@ -125,6 +125,11 @@ def train(
             cfg=cfg.schedule,
         )
         result = engine.train_step(data.micro_batches, lr=lr)
+        if ledger is not None:  # a step that diverged, too: it is the one that people look at
+            first = progress.position
+            ledger.step(
+                progress.step + 1, first=first, last=first + rows_per_step - 1, tokens_hash=tokens_hash
+            )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             recorder.event("diverged", progress.step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
             raise DivergedError(
@@ -133,9 +138,6 @@ def train(
                 f"start again with a lower optimizer.peak_lr, or resume with one from the newest checkpoint"
             )
         progress.step += 1
-        if ledger is not None:
-            first = progress.position
-            ledger.step(progress.step, first=first, last=first + rows_per_step - 1, tokens_hash=tokens_hash)
         progress.position += rows_per_step
         step_s = time.perf_counter() - step_start
         mfu = step_tokens / step_s * token_flops / device_flops
@@ -161,25 +163,37 @@ def train(
         if done or _due(progress.step, cfg.train.eval_every_steps):
             evaluate(cfg, engine, held_out, progress, recorder)
         if done or _due(progress.step, cfg.train.save_every_steps):
-            _save(save, progress, recorder, ledger)
+            _save(save, engine, progress, recorder, ledger)
             last_saved = progress.step
     if progress.position * seq_len >= cfg.train.total_tokens:
         recorder.event("finished", progress.step)
     else:
         if last_saved < progress.step:
-            _save(save, progress, recorder, ledger)
+            _save(save, engine, progress, recorder, ledger)
         recorder.event("stopped", progress.step, signal=stop.name)
         log.warning("stopped by a signal after step %d; run.intent=resume goes on from there", progress.step)
     if failure := _kept_failure(recorder, ledger):
         raise failure
 
 
-def _save(save: SaveFunction, progress: Progress, recorder: Recorder, ledger: LedgerWriter | None) -> None:
+def _save(
+    save: SaveFunction, engine: Engine, progress: Progress, recorder: Recorder, ledger: LedgerWriter | None
+) -> None:
+    """Save, if every rank could note what it did: what a checkpoint says was done is in the ledger, also
+    after a power cut."""
     start = time.perf_counter()
     if ledger is not None:
-        ledger.sync()  # what a checkpoint says was done is in the ledger, also after a power cut
+        ledger.sync()
+    _raise_together(engine, _kept_failure(recorder, ledger))
     save(step=progress.step, position=progress.position)
     recorder.checkpoint(progress.step, save_s=time.perf_counter() - start)
+
+
+def _raise_together(engine: Engine, mine: LLMTrainError | None) -> None:
+    """Raise RankFailedError on every rank if one has a failure."""
+    agreed, _ = engine.agree(Agreement.failed if mine else Agreement.go_on, 0)
+    if agreed == Agreement.failed:
+        raise RankFailedError(_whose_failure(mine))
 
 
 def _kept_failure(recorder: Recorder, ledger: LedgerWriter | None) -> LLMTrainError | None:
@@ -200,16 +214,23 @@ def evaluate(
     progress: Progress,
     recorder: Recorder,
 ) -> None:
-    """Record the held-out loss over train.eval_rows rows of the held-out split."""
+    """Record the held-out loss over train.eval_rows rows of the held-out split.
+
+    Raises:
+        RankFailedError: a row that could not be read, on any rank.
+    """
     start = time.perf_counter()
+    failures: list[LLMTrainError] = []
     batches = held_out_batches(
         held_out,
         micro_batch_rows=cfg.train.micro_batch_rows,
         dp_rank=engine.rank,
         dp_size=engine.dp_size,
         max_rows=cfg.train.eval_rows,
+        on_failure=failures.append,
     )
     loss_sum, num_valid = engine.held_out_sums(batches)
+    _raise_together(engine, failures[0] if failures else None)
     recorder.evaluation(
         progress.step,
         eval_loss=loss_sum / max(1, num_valid),

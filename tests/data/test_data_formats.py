@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import zstandard
 
 from llmtrain.cli import data_export, data_import
+from llmtrain.cli import inspect_shards as inspect_command
 from llmtrain.data.config import PackConfig, Packing, ShardsConfig
 from llmtrain.data.engines.config import EngineConfig, EngineKind
-from llmtrain.data.formats import foreign
+from llmtrain.data.formats import exporting, foreign
 from llmtrain.data.formats import look as look_module
 from llmtrain.data.formats import write as write_module
 from llmtrain.data.formats.config import ExportConfig, ImportConfig, TokenFormat, TokenType
@@ -28,10 +30,11 @@ from llmtrain.data.formats.links import link_or_copy
 from llmtrain.data.inspect import InspectConfig, inspect_shards
 from llmtrain.data.manifest import read_manifest, shard_files, verify
 from llmtrain.data.pipeline import run
-from llmtrain.data.shards import ShardReader
+from llmtrain.data.shards import ShardReader, idx_bytes
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.data.trace import OutputFormat, TraceConfig, trace
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.files import read_json
 from llmtrain.tracking.data_report import write_data_report
 
 KINDS = list(TokenFormat)
@@ -173,15 +176,68 @@ def test_an_export_does_not_mix_with_other_things(folder: Path, tmp_path: Path) 
         export_tokens(ExportConfig(folder=str(folder), kind=TokenFormat.olmo, out="x", splits=["tests"]))
 
 
+def test_an_export_replaces_nobodys_files(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "sent/train/train-00000.bin"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    with pytest.raises(DataError, match="holds other things; give a folder that is new, empty or an export"):
+        send(folder, TokenFormat.megatron, tmp_path / "sent")
+    assert own.read_bytes() == b"mine"
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="holds other things"):
+        send(folder, TokenFormat.megatron, tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    send(folder, TokenFormat.megatron, tmp_path / "empty")
+    (tmp_path / "empty/export.json").write_text("no JSON")
+    with pytest.raises(DataError, match="holds an export of other shards or of another kind"):
+        send(folder, TokenFormat.megatron, tmp_path / "empty")
+
+
+def test_a_killed_export_is_not_mixed_with_another_and_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, out = 0, tmp_path / "sent"
+
+    def fourth_time_fails(source: Path, target: Path) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return link_or_copy(source, target)
+
+    monkeypatch.setattr(exporting, "link_or_copy", fourth_time_fails)
+    with pytest.raises(KeyboardInterrupt):
+        send(folder, TokenFormat.megatron, out)
+    assert read_json(out / "export.json")["done"] is False
+    with pytest.raises(DataError, match="holds an export of other shards or of another kind"):
+        send(folder, TokenFormat.olmo, out)
+    send(folder, TokenFormat.megatron, out)
+    assert read_json(out / "export.json")["done"] is True
+
+
+def test_of_a_symbolic_link_the_file_is_linked(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"tokens")
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b").symlink_to(tmp_path / "a")  # as it was left before
+    assert link_or_copy(tmp_path / "link", tmp_path / "sub/b") is True
+    assert not (tmp_path / "sub/b").is_symlink()
+    assert (tmp_path / "sub/b").samefile(tmp_path / "a")
+
+
 def test_another_file_system_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError(18, os.strerror(18))
 
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.fstat(fd).st_ino))
     (tmp_path / "a").write_bytes(b"tokens")
     monkeypatch.setattr(os, "link", refuse)
     assert link_or_copy(tmp_path / "a", tmp_path / "b") is False
     assert (tmp_path / "b").read_bytes() == b"tokens"
     assert not (tmp_path / "b").samefile(tmp_path / "a")
+    assert flushed == [(tmp_path / "b").stat().st_ino, tmp_path.stat().st_ino]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 # import
@@ -437,3 +493,190 @@ def test_a_table_that_does_not_fit_is_named(folder: Path, tmp_path: Path) -> Non
         table.write_bytes(gzip.compress(text.encode()))
         with pytest.raises(DataError, match=message):
             take_in(tmp_path / "back", TokenFormat.olmo, [out / "train/*"], out / "tokenizer")
+
+
+def write_pair(prefix: Path, documents: list[list[int]], dtype: str = "uint16") -> Path:
+    """A .bin and .idx, as Megatron writes them."""
+    tokens = [token for document in documents for token in document]
+    np.array(tokens, dtype=dtype).tofile(f"{prefix}.bin")
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    Path(f"{prefix}.idx").write_bytes(idx_bytes(lengths, dtype))
+    return Path(f"{prefix}.bin")
+
+
+@pytest.fixture
+def token_documents(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    return [[*tokenizer.encode(text).tolist(), tokenizer.eos_id] for text in texts[:60]]
+
+
+def test_eos_past_uint16_is_appended_as_it_is(tmp_path: Path) -> None:
+    eos_id = 65_600
+    vocab = {f"w{number}": number for number in range(eos_id)} | {"</s>": eos_id}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    documents = [list(range(number, number + 70)) for number in range(50)]
+    path = write_pair(tmp_path / "a", documents)
+    report = take_in(
+        tmp_path / "out", TokenFormat.megatron, [path], tmp_path / "tokenizer.json",
+        eos_id=eos_id, append_eos=True, held_out_fraction=0.2,
+    )  # fmt: skip
+    assert report.manifest.dtype == "int32"
+    found = documents_of(tmp_path / "out", "train") + documents_of(tmp_path / "out", "held_out")
+    assert sorted(found) == [[*document, eos_id] for document in documents]
+
+
+@pytest.mark.parametrize(
+    "paths", [["rel/*.bin"], ["rel/a", "{}/rel/a.bin", "{}/rel/../rel/a"], ["rel/a.bin", "links/*"]]
+)
+def test_a_file_named_in_several_ways_is_one(
+    token_documents: list[list[int]],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    paths: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rel").mkdir()
+    write_pair(Path("rel/a"), token_documents[:40])
+    write_pair(Path("rel/b"), token_documents[40:])
+    Path("links").mkdir()
+    Path("links/a.bin").symlink_to(tmp_path / "rel/a.bin")
+    take_in(
+        tmp_path / "out", TokenFormat.megatron, [Path(path.format(tmp_path)) for path in paths],
+        tokenizer_folder, held_out=[f"{tmp_path}/rel/b"],
+    )  # fmt: skip
+    assert documents_of(tmp_path / "out", "train") == token_documents[:40]
+    assert documents_of(tmp_path / "out", "held_out") == token_documents[40:]
+
+
+def test_a_symbolic_link_has_its_index_beside_it(
+    token_documents: list[list[int]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    for name, part in (("a", token_documents[:40]), ("b", token_documents[40:])):
+        write_pair(tmp_path / name, part).rename(tmp_path / f"{name}.store")
+        (tmp_path / f"{name}.bin").symlink_to(tmp_path / f"{name}.store")
+    report = take_in(
+        tmp_path / "out", TokenFormat.megatron, [tmp_path / "a.bin"], tokenizer_folder,
+        held_out=[str(tmp_path / "b")],
+    )  # fmt: skip
+    assert report.num_linked == 2
+    for shard, name in zip(report.manifest.shards, ("a", "b"), strict=True):
+        linked = shard_files(tmp_path / "out" / shard.path)[0]
+        assert not linked.is_symlink()
+        assert linked.samefile(tmp_path / f"{name}.store")
+
+
+def test_documents_that_become_equal_are_drawn_together(
+    token_documents: list[list[int]], tokenizer: Tokenizer, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    eos_id = tokenizer.eos_id
+    bare = [document[:-1] for document in token_documents]
+    path = write_pair(tmp_path / "a", [*bare, *token_documents, [], [eos_id]])
+    report = take_in(
+        tmp_path / "out", TokenFormat.megatron, [path], tokenizer_folder, append_eos=True,
+        held_out_fraction=0.5,
+    )  # fmt: skip
+    train, held_out = (documents_of(tmp_path / "out", split) for split in ("train", "held_out"))
+    assert sorted(train + held_out) == sorted([*token_documents, *token_documents, [eos_id]])
+    assert not {tuple(document) for document in train} & {tuple(document) for document in held_out}
+    assert report.num_empty == 1
+
+
+def test_a_linked_file_that_was_damaged_is_not_taken_for_truth(
+    token_documents: list[list[int]],
+    tokenizer: Tokenizer,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write_pair(tmp_path / "a", token_documents[:40])
+    held_out = write_pair(tmp_path / "b", token_documents[40:])
+
+    def again() -> ImportReport:
+        return take_in(
+            tmp_path / "out", TokenFormat.megatron, [path], tokenizer_folder, held_out=[str(held_out)]
+        )
+
+    def write_unseen(target: Path, content: bytes) -> None:
+        """In place, with the time of change that it had."""
+        stat = target.stat()
+        target.write_bytes(content)
+        os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    first, whole = again(), path.read_bytes()
+    tokens = np.frombuffer(whole, dtype=np.uint16).copy()
+    tokens[3] = 7 if tokens[3] != 7 else 8
+    write_unseen(path, tokens.tobytes())
+    with pytest.raises(SystemExit, match="1"):
+        inspect_command.show(InspectConfig(folder=str(tmp_path / "out"), quarantine=True))
+    assert "`llmtrain data import` with the same settings writes it again" in capsys.readouterr().out
+    with pytest.raises(DataError, match=rf"{path} changed since it was looked at: the xxh3_128 of its tok"):
+        again()
+    write_unseen(path, whole)
+    assert again().manifest.table == first.manifest.table
+
+    lengths = [len(document) for document in token_documents[:40]]
+    lengths[0], lengths[1] = lengths[0] - 1, lengths[1] + 1
+    shard_files(tmp_path / "out" / first.manifest.shards[0].path)[1].unlink()
+    write_unseen(path.with_suffix(".idx"), idx_bytes(np.array(lengths), "uint16"))
+    with pytest.raises(DataError, match=r"the xxh3_128 of its document lengths was .*Restore the file"):
+        again()
+
+
+def test_a_change_that_is_meant_gives_other_shards(
+    token_documents: list[list[int]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Once the look is deleted, as the message says."""
+    paths = [write_pair(tmp_path / name, token_documents[at::2]) for at, name in enumerate("ab")]
+    stat = paths[0].stat()
+    settings: dict[str, Any] = {"held_out": [str(paths[1])]}
+    first = take_in(tmp_path / "out", TokenFormat.megatron, paths, tokenizer_folder, **settings)
+    tokens = np.fromfile(paths[0], dtype=np.uint16)
+    tokens[3] = 7 if tokens[3] != 7 else 8
+    paths[0].write_bytes(tokens.tobytes())
+    os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    [look] = (tmp_path / "out/verdicts").iterdir()
+    for each in look.iterdir():
+        each.unlink()
+    second = take_in(tmp_path / "out", TokenFormat.megatron, paths, tokenizer_folder, **settings)
+    assert second.manifest.shards[0].sha256 != first.manifest.shards[0].sha256
+    assert second.manifest.shards[1].sha256 == first.manifest.shards[1].sha256
+
+
+def test_an_index_without_documents_is_named(
+    token_documents: list[list[int]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    path = write_pair(tmp_path / "a", token_documents)
+    content = bytearray(path.with_suffix(".idx").read_bytes())
+    content[26:34] = bytes(8)
+    del content[34 + 12 * len(token_documents) :]
+    path.with_suffix(".idx").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.idx: its document indices do not rise from 0 to 60 sequences"):
+        take_in(tmp_path / "out", TokenFormat.megatron, [path], tokenizer_folder)
+
+
+def test_a_path_is_looked_at_before_it_is_a_pattern(
+    token_documents: list[list[int]], tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    part = write_pair(tmp_path / "a[1]", token_documents[:40])
+    write_pair(tmp_path / "a1", token_documents[:10])
+    held_out = write_pair(tmp_path / "b[2]", token_documents[40:])
+    take_in(
+        tmp_path / "out", TokenFormat.megatron, [part], tokenizer_folder,
+        held_out=[str(held_out.with_suffix(""))],
+    )  # fmt: skip
+    assert documents_of(tmp_path / "out", "train") == token_documents[:40]
+
+
+def test_an_import_does_not_replace_a_run_on_text(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sent"
+    send(folder, TokenFormat.megatron, out)
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(DataError, match=r"json is not the manifest of an import.* give another out=FOLDER"):
+        take_in(folder, TokenFormat.megatron, [out / "train/*"], out / "tokenizer")
+    assert (folder / "manifest.json").read_bytes() == before
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/manifest.json").write_text("{")
+    with pytest.raises(DataError, match="is not the manifest of an import"):
+        take_in(tmp_path / "damaged", TokenFormat.megatron, [out / "train/*"], out / "tokenizer")

@@ -17,8 +17,8 @@ from llmtrain.data.manifest import read_manifest, shard_files
 from llmtrain.data.pipeline import run
 from llmtrain.data.shards import idx_bytes, sums_file
 from llmtrain.data.trace import OutputFormat
-from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import hash_file
+from llmtrain.errors import ConfigError, DataError, LaunchError
+from llmtrain.files import FolderLock, hash_file
 
 
 @pytest.fixture
@@ -106,6 +106,32 @@ def test_without_being_asked_nothing_is_moved(folder: Path) -> None:
     assert shard_files(prefix)[0].exists()
     quick = inspect_shards(InspectConfig(folder=str(folder), content=False, format=OutputFormat.json))
     assert quick.num_problems == 0, "sizes are as they were"
+
+
+def test_what_was_put_away_before_stays(cfg: Any, folder: Path) -> None:
+    prefix, found = one_shard(folder), []
+    for offset in (10, 20, 30):
+        flip(shard_files(prefix)[0], offset)
+        damaged = shard_files(prefix)[0].read_bytes()
+        [put_away] = inspect_shards(InspectConfig(folder=str(folder), quarantine=True)).quarantined
+        found.append((put_away, damaged))
+        run(cfg, quiet=True)
+    into = folder / "quarantine/shards"
+    assert [path for path, _ in found] == [str(into / f"{prefix.name}{end}") for end in ("", "-2", "-3")]
+    for path, damaged in found:
+        assert Path(f"{path}.bin").read_bytes() == damaged
+        assert json.loads(Path(f"{path}.reason.json").read_text())["path"] == str(prefix.relative_to(folder))
+        assert len(list(into.glob(f"{Path(path).name}.*"))) == 6
+
+
+def test_nothing_is_put_away_while_somebody_writes(folder: Path) -> None:
+    prefix = one_shard(folder)
+    flip(shard_files(prefix)[0], 10)
+    with FolderLock(folder):
+        with pytest.raises(LaunchError, match="is being written by pid"):
+            inspect_shards(InspectConfig(folder=str(folder), quarantine=True))
+        assert inspect_shards(InspectConfig(folder=str(folder))).num_problems == 1
+    assert shard_files(prefix)[0].exists()
 
 
 def test_what_all_shards_share_is_looked_at_too(folder: Path) -> None:

@@ -168,6 +168,13 @@ def test_what_a_shard_cannot_hold_is_refused(tmp_path: Path) -> None:
             writer.add_many(np.array([1, EOS, 4]), np.array([2, 1]))
         with pytest.raises(DataError, match="would hold no document"):
             writer.close()
+    with (
+        ShardWriter(tmp_path / "s", "uint16", 70_000, eos_id=65_536) as writer,
+        pytest.raises(
+            DataError, match=r"id 65536 of .* does not fit into uint16, which ends at 65535; write"
+        ),
+    ):
+        writer.add(np.array([1, 65_536]))  # as uint16 it would be 0
 
 
 def test_damaged_shards_are_named(tmp_path: Path) -> None:
@@ -280,8 +287,11 @@ def test_a_flipped_byte_or_a_missing_file_is_named(name: str, data_folder: tuple
     whole = (folder / name).read_bytes()
     (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     verify(folder, manifest, content=False)
-    with pytest.raises(DataError, match=rf"{name} {DAMAGE[name]}"):
+    with pytest.raises(DataError, match=rf"{name} {DAMAGE[name]}") as error:
         verify(folder, manifest, content=True)
+    assert "run the command that made it again (`llmtrain data` or `llmtrain data import`)" in str(
+        error.value
+    )
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing, but the manifest names it"):
         verify(folder, manifest, content=False)

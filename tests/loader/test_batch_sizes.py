@@ -23,10 +23,20 @@ def test_sizes_are_those_of_walking_step_by_step(steps: list[tuple[int, int]], r
     for step in range(60):
         expected = next((size for until, size in ramp if position < until), rows)
         assert sizes.rows_at(position) == expected
-        assert sizes.steps_before(position) == step
-        assert sizes.steps_before(position + 1) == step + 1
-        assert sizes.position_of(step) == position
+        assert sizes.walk(0, position) == (step, position)
+        assert sizes.walk(0, position + 1) == (step + 1, position + expected)
         position += expected
+
+
+@given(RAMP, st.integers(1, 12), st.integers(0, 200), st.integers(0, 200))
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_a_walk_may_begin_anywhere(steps: list[tuple[int, int]], rows: int, begin: int, more: int) -> None:
+    """As after a resume with other sizes, which need not begin where a step of theirs would."""
+    sizes = BatchSizes.of(steps, rows)
+    position, count = begin, 0
+    while position < begin + more:
+        position, count = position + sizes.rows_at(position), count + 1
+    assert sizes.walk(begin, begin + more) == (count, position)
 
 
 def test_a_stage_ends_with_a_whole_step() -> None:

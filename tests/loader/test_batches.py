@@ -123,8 +123,7 @@ def test_next_step_is_read_while_this_one_computes(rows: Rows, monkeypatch: pyte
     for position in (0, 12, 24):
         batches.step(position)
     batches.close()
-    assert readers[0] == "MainThread"
-    assert set(readers[1:]) == {"read rows ahead"}
+    assert set(readers) == {"read rows ahead"}
     assert 3 <= len(readers) <= 5
 
 
@@ -170,7 +169,7 @@ order = Mixture([source], [(0, dict())], seed=0, block_rows=8)
 sizes = BatchSizes.of([], 1)
 batches = Batches(rows, order=order, sizes=sizes, micro_batch_rows=1, dp_rank=0, dp_size=1)
 rows.read_many, read_many = (lambda numbers: time.sleep(600)), rows.read_many
-batches._read_ahead(0)
+batches._enqueue(0, 1)
 print("done")
 """
     done = subprocess.run(
@@ -208,9 +207,10 @@ def test_a_read_that_does_not_come_back_is_an_error(rows: Rows, monkeypatch: pyt
     batches.step(0)
     monkeypatch.setattr(Rows, "read_many", lambda self, numbers: (wait.wait(10), read_many(self, numbers))[1])
     batches._ahead.clear()  # steps 12 and 24 may have been read before
-    batches._read_ahead(36)
-    with pytest.raises(DataError, match=r"reading the step at row 36 has not come back after 0.05 s"):
-        batches.step(36)
+    for ahead in (0, 2):  # also without reading ahead
+        batches.prefetch_steps = ahead
+        with pytest.raises(DataError, match=r"reading the step at row 36 has not come back after 0.05 s"):
+            batches.step(36)
     wait.set()
     batches.close()
 
@@ -280,3 +280,21 @@ def test_no_thread_is_left_after_close(rows: Rows) -> None:
     assert thread.is_alive()
     batches.close()
     assert not thread.is_alive()
+
+
+def test_a_rank_that_cannot_read_held_out_rows_stays_in_step_and_tells(corpus, rows: Rows) -> None:
+    whole = list(held_out_batches(rows, micro_batch_rows=4, dp_rank=0, dp_size=2))
+    (corpus.folder / "shards/train-00001.bin").unlink()
+    _close_all(rows._open_files)
+    with pytest.raises(DataError, match="cannot be read"):
+        list(held_out_batches(rows, micro_batch_rows=4, dp_rank=0, dp_size=2))
+    failures: list[Exception] = []
+    found = list(held_out_batches(rows, micro_batch_rows=4, dp_rank=0, dp_size=2, on_failure=failures.append))
+    assert failures
+    assert len(found) == len(whole)
+    lost = [batch for batch in found if batch.num_valid == 0]
+    assert len(lost) == len(failures)
+    for one, other in zip(found, whole, strict=True):
+        assert one.tokens_BS.shape == other.tokens_BS.shape
+        if one.num_valid:
+            assert torch.equal(one.targets_BS, other.targets_BS)

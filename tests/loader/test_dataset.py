@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import time
@@ -164,16 +165,6 @@ def test_packs_that_are_not_back_to_back_are_read_too(corpus) -> None:
     assert row.segments.tolist() == [0] * 9 + [1] * 5 + [2] * 2
 
 
-def test_lineage_names_the_documents_of_a_row(corpus) -> None:
-    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
-    owner = [number for number, document in enumerate(corpus.documents["train"]) for _ in document]
-    for at in range(rows.num_rows):
-        numbers = sorted(set(owner[at * 16 : at * 16 + 16]))
-        assert [found.document_id for found in rows.lineage(at)] == [f"doc-{number}" for number in numbers]
-    first = rows.lineage(7)[0]
-    assert (first.source, first.path, first.record) == ("source-1", "1.jsonl", 1)
-
-
 def test_hash_follows_the_tokens_and_not_packs_of_other_lengths(corpus) -> None:
     manifest = corpus.manifest
     base = Rows(corpus.folder, manifest, "train", 16).hash
@@ -224,6 +215,24 @@ def test_few_files_stay_open_however_many_shards_are_read(make_corpus) -> None:
     assert num_open_shards(corpus.folder) == MAX_OPEN_SHARDS
     del rows
     assert num_open_shards(corpus.folder) == 0
+
+
+def test_sources_of_a_mixture_share_the_limit_of_open_files(make_corpus) -> None:
+    corpus = make_corpus("many", [[20, 12]] * 30, seq_len=32)
+    rows = Rows(corpus.folder, corpus.manifest, "train", 32, max_open=5)
+    rows.read_many(np.arange(rows.num_rows))
+    assert num_open_shards(corpus.folder) == 5
+
+
+def test_too_many_open_files_are_told_as_that(corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(corpus.folder, corpus.manifest, "train", 16)
+
+    def refuse(*_args: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(DataError, match=r"Too many open files; raise the limit of open files \(ulimit -n\)"):
+        rows.read(3)
 
 
 def test_shard_that_vanished_is_named_with_the_row(corpus) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +118,7 @@ def test_what_does_not_fit_is_named(path: Path) -> None:
     late = replace(second, position=9)
     assert "attempt 2 starts at row 9, but step 2 ended with row 7" in told([first, late])
     ahead = replace(second, step=7, position=44)
-    assert "attempt 2 starts after step 7, which no earlier one did" in told([first, ahead])
+    assert "attempt 2 starts after step 7, which the run had not come to" in told([first, ahead])
     other = replace(second, data_hash="e")
     assert "attempt 2 has another data_hash than the one before: e, not d" in told([first, other])
     assert told([first, replace(other, accepted_change=True)]) == ""
@@ -130,3 +132,38 @@ def test_a_ledger_that_cannot_be_read_is_named(path: Path, tmp_path: Path) -> No
     path.write_bytes(b"\n".join([lines[0], lines[1][:20], *lines[2:]]))
     with pytest.raises(DataError, match="line 2 cannot be read, and no restart follows it"):
         read_ledger(path)
+
+
+def test_a_chain_that_fell_back_cannot_be_joined_further_on(tmp_path: Path) -> None:
+    """Attempt 1 came to step 6, attempt 2 went back to 2 and came to 3; a third cannot begin after 6."""
+    path = tmp_path / LEDGER_NAME
+    do_steps(path, attempt(1), 6)
+    do_steps(path, attempt(2, step=2, position=8), 1)
+    do_steps(path, attempt(3, step=6, position=36), 1)
+    assert list(contradictions(read_ledger(path))) == [
+        "attempt 3 starts after step 6, which the run had not come to"
+    ]
+
+
+def test_two_torn_lines_in_a_row_are_read_over(path: Path) -> None:
+    whole = read_ledger(path)
+    with open(path, "ab") as handle:
+        handle.write(b'{"kind": "step", "att\n{"kind": "attem')
+    ledger = read_ledger(path)
+    assert ledger.num_torn == 2
+    assert ledger.steps == whole.steps
+
+
+def test_a_disk_that_refuses_is_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LedgerWriter(tmp_path / LEDGER_NAME, attempt(1))
+
+    class Full:
+        def write(self, _text: bytes) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with writer._handle:
+        monkeypatch.setattr(writer, "_handle", Full())
+        writer.step(1, first=0, last=3, tokens_hash=1)
+        assert "No space left on device; make room, and resume" in str(writer.failure)
+        writer.step(2, first=4, last=7, tokens_hash=1)
+    assert read_ledger(tmp_path / LEDGER_NAME).steps == []

@@ -99,9 +99,9 @@ def test_one_position_is_the_same_alone_and_among_others() -> None:
 def test_an_epoch_of_a_source_holds_each_of_its_rows_once() -> None:
     order = mixture([(0, {"web": 0.5, "math": 0.5})])
     rows = order.rows_at(np.arange(400))
-    of_math = rows[order.source_of(rows) == 2]
-    assert len(of_math) == 200
     offset = SIZES["web"] + SIZES["code"]
+    of_math = rows[rows >= offset]
+    assert len(of_math) == 200
     for epoch in range(2):
         part = of_math[epoch * 70 : (epoch + 1) * 70]  # blocks shuffle inside, so only counts are exact
         assert set(part.tolist()) <= set(range(offset, offset + 70))
@@ -160,13 +160,27 @@ def test_everything_that_decides_the_order_is_in_the_hash() -> None:
         mixture(stages).hash,
         mixture([(0, {"web": 0.6, "code": 0.4})]).hash,
         mixture([*stages, (10, {"web": 1})]).hash,
-        mixture(stages, caps={"web": 10}).hash,
+        mixture(stages, caps={"web": 10}, redistribute=True).hash,
         mixture(stages, block_rows=65).hash,
-        mixture(stages, redistribute=True).hash,
+        mixture(stages, caps={"web": 11}, redistribute=True).hash,
         mixture(stages, locality=Locality(group_rows=4, window_groups=2)).hash,
     }
     assert len(hashes) == 7
     assert mixture(stages).hash == mixture(stages).hash
+
+
+def test_what_changes_no_row_is_not_in_the_hash() -> None:
+    stages = [(0, {"web": 0.5, "code": 0.5})]
+    same = [
+        mixture([(0, {"web": 3, "code": 3})]),
+        mixture([(0, {"code": 1, "web": 1, "math": 0})]),
+        mixture(stages, caps={"web": 10}),
+        mixture(stages, redistribute=True),
+    ]
+    at = np.arange(1000)
+    for other in same:
+        assert other.hash == mixture(stages).hash
+        assert (other.rows_at(at) == mixture(stages).rows_at(at)).all()
 
 
 def test_mistakes_are_named() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from data_folder import train_arguments, wait_for, write_data_folder
 
+from llmtrain.cli import inspect_ledger
 from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
 from llmtrain.tracking.metrics import read_metrics
 
@@ -51,7 +52,7 @@ def mixture_arguments(sources: dict[str, Path], run: Path, *overrides: str, step
         f"train.batch_ramp=[{{until_tokens: {steps // 3 * 12 * SEQ_LEN}, rows: 12}}]",
         f"train.global_batch_rows={ROWS}",
         "train.micro_batch_rows=1",
-        "train.save_every_steps=3",
+        "train.save_every_steps=4",
         "train.eval_every_steps=0",
         "run.intent=fresh_or_resume",
         *overrides,
@@ -78,9 +79,17 @@ def num_lines(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def num_unsaved(folder: Path) -> int:
+    """Steps that were done after the newest checkpoint."""
+    last = {"step": 0, "checkpoint": 0}
+    for line in read_metrics(folder / "metrics.jsonl"):
+        last[line["kind"]] = line["step"]
+    return last["step"] - last["checkpoint"]
+
+
 def drill(launcher: Launcher, arguments: list[str], folder: Path, worlds: list[int], seed: int) -> int:
-    """Start on each number of ranks in turn, with kill -9 at a random moment of each but the last. Returns
-    how many were alive to be killed.
+    """Start on each number of ranks in turn, with kill -9 at a random moment of each but the last; the first
+    time with steps to lose. Returns how many were alive to be killed.
     """
     moments, kills = random.Random(seed), 0
     for number, world_size in enumerate(worlds):
@@ -89,9 +98,14 @@ def drill(launcher: Launcher, arguments: list[str], folder: Path, worlds: list[i
             assert status == 0, text
             break
         run = launcher.start(arguments, num_ranks=world_size)
-        wanted = num_lines(folder) + moments.randint(3, 9)
-        wait_for(lambda run=run, wanted=wanted: not run.processes[0].is_alive() or num_lines(folder) > wanted)
-        time.sleep(moments.uniform(0.0, 0.1))
+        begun, more = num_lines(folder), moments.randint(3, 9)
+        wait_for(
+            lambda run=run, begun=begun, more=more, number=number: (
+                not run.processes[0].is_alive()
+                or (num_lines(folder) > begun + more and (number or num_unsaved(folder) >= 2))
+            )
+        )
+        time.sleep(moments.uniform(0.0, 0.1) if number else 0.0)
         kills += run.processes[0].is_alive()
         run.kill()
     return kills
@@ -135,7 +149,7 @@ def test_a_run_killed_20_times_on_changing_ranks_is_the_run_on_one(
 
 
 def test_a_resume_on_other_data_is_refused_and_noted_when_it_is_meant(
-    launcher: Launcher, sources: dict[str, Path], tmp_path: Path
+    launcher: Launcher, sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "run"
     more = {**sources, "code": write_data_folder(tmp_path / "code", num_documents=60, seed=2)}
@@ -154,6 +168,11 @@ def test_a_resume_on_other_data_is_refused_and_noted_when_it_is_meant(
     assert [attempt.accepted_change for attempt in ledger.attempts] == [False, True]
     assert ledger.attempts[0].data_hash != ledger.attempts[1].data_hash
     assert list(contradictions(ledger)) == []
+    inspect_ledger.show(inspect_ledger.InspectLedgerConfig(run=str(folder), recompute=True))
+    told = capsys.readouterr().out
+    assert "attempt 2 went on with other data after step 10, as data.accept_changed=true asked" in told
+    num_read_again = len(ledger.surviving()) - 10
+    assert f"{num_read_again} steps were read again and compared" in told, "those of the old data are not"
     status, text = launcher.run([*further, "train.total_tokens=50000"])
     assert status == 0, text
     assert [attempt.accepted_change for attempt in read_ledger(folder / LEDGER_NAME).attempts][2] is False

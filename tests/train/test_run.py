@@ -16,6 +16,7 @@ from data_folder import train_arguments, wait_for, write_data_folder
 
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import FolderLock
+from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
 from llmtrain.tracking.metrics import read_metrics
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
 
@@ -105,8 +106,10 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(
     status, text = launcher.run(arguments)
     assert status == EXIT_FAILED
     assert "start again with a lower optimizer.peak_lr, or resume with one" in text
-    events = [line.get("what") for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
-    assert "diverged" in events
+    events = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "event"]
+    diverged = next(event["step"] for event in events if event["what"] == "diverged")
+    steps = read_ledger(tmp_path / "run" / LEDGER_NAME).steps
+    assert steps[-1].step == diverged, "the step that one wants to look at is not in the ledger"
 
 
 @pytest.fixture
@@ -217,6 +220,45 @@ def test_a_rank_that_cannot_read_its_rows_ends_the_run_with_one_message(
     assert "needed for row" in run.text()
     events = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "event"]
     assert "needed for row" in events[-1]["error"]
+
+
+def test_a_rank_that_cannot_read_held_out_rows_ends_the_run_with_one_message(
+    launcher: Launcher, tmp_path: Path
+) -> None:
+    """Rank 1's part of the evaluation is damaged; rank 0 must say so, and not die of a lost connection."""
+    data = write_data_folder(tmp_path / "data")
+    shard = next((data / "shards/test").glob("held_out-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[-80:-78] = b"\xff\xff"  # no id of the vocabulary
+    shard.write_bytes(content)
+    arguments = train_arguments(
+        data, tmp_path / "run", "data.verify=none", "train.eval_every_steps=2", "train.save_every_steps=1"
+    )
+    status, text = launcher.run(arguments, num_ranks=2)
+    assert status == EXIT_FAILED
+    assert text.count("error: rank ") == 1, text
+    assert "65535" in text
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == [1]
+
+
+def test_no_checkpoint_is_saved_of_steps_that_the_ledger_could_not_note(
+    launcher: Launcher, data: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    """The ledger alone is on the disk that is full."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / LEDGER_NAME).symlink_to(small_disk / LEDGER_NAME)
+    with open(small_disk / "filler", "wb", buffering=0) as handle, contextlib.suppress(OSError):
+        while True:
+            handle.write(bytes(4096))
+    status, text = launcher.run(train_arguments(data, folder, "train.save_every_steps=1"), num_ranks=2)
+    assert status == EXIT_FAILED
+    assert text.count("ledger.jsonl cannot be written: No space left on device") == 1, text
+    assert list_checkpoints(folder / "checkpoints") == []
+    (small_disk / "filler").unlink()
+    status, text = launcher.run(train_arguments(data, folder, "run.intent=fresh_or_resume"), num_ranks=2)
+    assert status == 0, text
+    assert list(contradictions(read_ledger(folder / LEDGER_NAME))) == []
 
 
 def test_a_resume_needs_no_room_for_checkpoints_that_are_there(

@@ -24,6 +24,7 @@ from llmtrain.progress import progress
 from llmtrain.units import format_count
 
 LISTING = "export.json"
+"""What is exported. It comes first, so that an export that was killed is known for one; `done` comes last."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +42,8 @@ def export_tokens(cfg: ExportConfig, *, quiet: bool = False) -> ExportReport:
     """Write `<out>/<split>/<shard>` of each shard, as `cfg.kind` has it.
 
     Raises:
-        DataError: no such split, a shard that is missing, or a folder that holds another export.
+        DataError: no such split, a shard that is missing, or a folder that holds another export or other
+        things.
     """
     folder, out = Path(cfg.folder), Path(cfg.out)
     manifest = read_manifest(folder)
@@ -61,6 +63,7 @@ def export_tokens(cfg: ExportConfig, *, quiet: bool = False) -> ExportReport:
         "content": manifest.table.content_hash(),
     }
     _refuse_another(out, listing)
+    write_json(out / LISTING, listing | {"done": False})
     report = ExportReport(out=out, num_files={}, num_tokens={}, num_linked=0, token_type=token_type)
     tokenizer = folder / manifest.tokenizer.path / manifest.tokenizer.file
     link_or_copy(tokenizer, out / str(listing["tokenizer"]))
@@ -74,19 +77,21 @@ def export_tokens(cfg: ExportConfig, *, quiet: bool = False) -> ExportReport:
             report.num_files[shard.split] = report.num_files.get(shard.split, 0) + 1
             report.num_tokens[shard.split] = report.num_tokens.get(shard.split, 0) + shard.num_tokens
             advance(1)
-    write_json(out / LISTING, listing)
+    write_json(out / LISTING, listing | {"done": True})
     return report
 
 
 def _refuse_another(out: Path, listing: dict[str, object]) -> None:
-    if (out / LISTING).is_file() and read_json(out / LISTING) != listing:
+    if not (out / LISTING).is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"out={out} holds other things; give a folder that is new, empty or an export")
+        return
+    try:
+        found = read_json(out / LISTING)
+    except ValueError:
+        found = None
+    if found not in (listing, listing | {"done": False}, listing | {"done": True}):
         raise DataError(f"{out} holds an export of other shards or of another kind; give another out=FOLDER")
-    if (
-        not (out / LISTING).is_file()
-        and out.is_dir()
-        and any(path.name not in ("tokenizer", "train", "held_out") for path in out.iterdir())
-    ):
-        raise DataError(f"out={out} holds other things; give a folder that is new or an export")
 
 
 def _megatron(reader: ShardReader, target: Path, _manifest: Manifest) -> None:

@@ -93,7 +93,7 @@ def _megatron(path: Path) -> Foreign:
     if (lengths < 0).any() or not np.array_equal(index.starts(), np.cumsum(lengths) - lengths):
         raise DataError(f"{idx_path}: sequences do not lie back to back")
     begins = index.document_indices()
-    if not (begins[0] == 0 and begins[-1] == len(lengths) and (np.diff(begins) >= 0).all()):
+    if not (len(begins) and begins[0] == 0 and begins[-1] == len(lengths) and (np.diff(begins) >= 0).all()):
         raise DataError(f"{idx_path}: its document indices do not rise from 0 to {len(lengths):,} sequences")
     ends = np.concatenate([[0], np.cumsum(lengths)])[begins]
     return _checked(Foreign(path=path, dtype=index.dtype, lengths=np.diff(ends)))

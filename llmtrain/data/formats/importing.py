@@ -31,11 +31,12 @@ from llmtrain.data.folder import (
     write_done,
 )
 from llmtrain.data.formats.config import ImportConfig, TokenFormat
-from llmtrain.data.formats.foreign import SUFFIX, companions
+from llmtrain.data.formats.foreign import SUFFIX, UINT16_VOCAB, companions
 from llmtrain.data.formats.look import LookTask, Source, look_at, masks
 from llmtrain.data.formats.write import WriteTask, text_of, write_shard
 from llmtrain.data.manifest import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     Manifest,
     ShardEntry,
     TokenizerEntry,
@@ -53,12 +54,12 @@ from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.verdicts import SPLITS
 from llmtrain.data.vocabulary import entry_of, take_given
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import atomic_write, hash_json, plain
+from llmtrain.files import atomic_write, hash_json, plain, read_json
 from llmtrain.progress import progress
 
 log = logging.getLogger(__name__)
 
-IMPORT_VERSION = 1
+IMPORT_VERSION = 2
 """Part of the folders' keys: raise it when the same files would give other shards."""
 SAME_BYTES = {"uint32": "int32"}
 """Types that differ for ids only which no vocabulary has."""
@@ -84,26 +85,29 @@ def import_tokens(cfg: ImportConfig, *, quiet: bool = False) -> ImportReport:
 
     Raises:
         ConfigError: paths that name nothing. DataError: files that do not fit together, a token outside the
-        vocabulary, documents without EOS, no space.
+        vocabulary, documents without EOS, a folder that `llmtrain data` wrote, no space.
     """
     out = Path(cfg.out)
     load_tokenizer(Path(cfg.tokenizer), eos_id=cfg.eos_id)  # what is wrong with it is told first
     held_out = _expand(cfg.held_out, cfg.kind)
-    paths = [*(path for path in _expand(cfg.paths, cfg.kind) if path not in held_out), *held_out]
-    if len(paths) == len(held_out):
+    held_out_files = {path.resolve() for path in held_out}
+    train = [path for path in _expand(cfg.paths, cfg.kind) if path.resolve() not in held_out_files]
+    paths = [*train, *held_out]
+    if not train:
         raise ConfigError(f"held_out names every file of paths: nothing is left to train on ({paths})")
     with disk_full_explained(out), locked(out), make_engine(cfg.engine) as engine:
+        _refuse_text(out)
         remove_leftovers(out)
         engine.share(out)
         settings = TokenizerConfig(path=cfg.tokenizer, given_eos_id=cfg.eos_id)
         tokenizer = entry_of(out, take_given(settings, out))
         sources = [
             Source(
-                path=path.absolute(), kind=cfg.kind, token_type=cfg.token_type, is_held_out=path in held_out,
-                out=out, tokenizer=out / tokenizer.path, eos_id=tokenizer.eos_id,
-                vocab_size=tokenizer.vocab_size,
+                path=path.absolute(), kind=cfg.kind, token_type=cfg.token_type,
+                is_held_out=number >= len(train), out=out, tokenizer=out / tokenizer.path,
+                eos_id=tokenizer.eos_id, vocab_size=tokenizer.vocab_size,
             )
-            for path in paths
+            for number, path in enumerate(paths)
         ]  # fmt: skip
         looks, seen = _look(cfg, out, sources, tokenizer, engine, quiet=quiet)
         written = _write(cfg, out, sources, looks, seen, tokenizer, engine, quiet=quiet)
@@ -150,16 +154,40 @@ def import_tokens(cfg: ImportConfig, *, quiet: bool = False) -> ImportReport:
 
 
 def _expand(patterns: Sequence[str], kind: TokenFormat) -> list[Path]:
-    """The files of tokens that prefixes, paths and globs name, sorted and each once."""
+    """The files of tokens that paths, prefixes and globs name, sorted and each once.
+
+    A file that is named in several ways is one. Its path stays as given, one that has the files that go with
+    it beside it: they may lie beside a symbolic link.
+    """
     suffix, found = SUFFIX[kind], set()
     for pattern in patterns:
-        matches = {Path(name) for name in glob.glob(pattern, recursive=True) if name.endswith(suffix)}
-        if Path(f"{pattern}{suffix}").is_file():
-            matches.add(Path(f"{pattern}{suffix}"))
-        if not matches:
+        as_it_stands = [pattern] if pattern.endswith(suffix) else []
+        names = [name for name in (*as_it_stands, f"{pattern}{suffix}") if Path(name).is_file()][:1]
+        if not names:
+            names = [name for name in glob.glob(pattern, recursive=True) if name.endswith(suffix)]
+        if not names:
             raise ConfigError(f"{pattern} names no {suffix} file, which kind={kind.name} has its tokens in")
-        found |= matches
-    return sorted(found)
+        found |= {Path(name) for name in names}
+    by_file: dict[Path, Path] = {}
+    for path in sorted(found, key=lambda path: (not companions(path, kind), path)):
+        by_file.setdefault(path.resolve(), path)
+    return sorted(by_file.values())
+
+
+def _refuse_text(out: Path) -> None:
+    """An import does not replace the manifest of `llmtrain data`."""
+    path = out / MANIFEST_NAME
+    if not path.is_file():
+        return
+    try:
+        is_import = read_json(path)["funnel"][0]["pass"] == "import"
+    except (ValueError, LookupError, TypeError):
+        is_import = False
+    if not is_import:
+        raise DataError(
+            f"{path} is not the manifest of an import, which would replace it; give another out=FOLDER, or "
+            "delete it"
+        )
 
 
 # Look.
@@ -204,9 +232,12 @@ def _look(
 
 
 def _dtype(seen: list[dict[str, Any]], vocab_size: int) -> str:
-    """Of all shards: that of the files if they agree on one that Megatron reads, so that they can stay."""
+    """Of all shards: that of the files if they agree on one that Megatron reads, so that they can stay, and
+    that holds every id of the vocabulary: EOS may be one that they do not have yet."""
     found = {SAME_BYTES.get(look["dtype"], look["dtype"]) for look in seen}
     one = str(found.pop()) if len(found) == 1 else ""
+    if one == "uint16" and vocab_size > UINT16_VOCAB:
+        return "int32"
     if one in WRITTEN_DTYPES:
         if one == "uint16" and vocab_size > MAX_UINT16_VOCAB:
             log.warning(
@@ -227,6 +258,7 @@ def _write(
     limit = None if whole else max(int(cfg.held_out_fraction * 2.0**64), smallest)
     folder = "shards/" + key_of(
         version=IMPORT_VERSION, ids=looks[0].ids, limit=limit, dtype=dtype, append_eos=cfg.append_eos,
+        content=[[look["xxh3_128"], look["lengths_xxh3_128"]] for look in seen],
         held_out=[source.is_held_out for source in sources], name=cfg.name,
     )  # fmt: skip
     tasks: dict[str, list[WriteTask]] = {split: [] for split in SPLITS}
@@ -237,6 +269,8 @@ def _write(
                 tasks[split].append(
                     WriteTask(
                         look=look,
+                        xxh3_128=seen_there["xxh3_128"],
+                        lengths_xxh3_128=seen_there["lengths_xxh3_128"],
                         split=split,
                         prefix=f"{folder}/{split}-{len(tasks[split]):05d}",
                         dtype=dtype,

@@ -7,26 +7,26 @@ import os
 import shutil
 from pathlib import Path
 
-from llmtrain.files import temporary_beside
+from llmtrain.files import HASH_BLOCK_BYTES, atomic_write, fsync_folder, temporary_beside
 
 
 def link_or_copy(source: Path, target: Path) -> bool:
-    """Make `target` a hard link of `source`, or a copy on another file system. Returns whether it is one."""
+    """Make `target` a hard link of `source`, or a copy on another file system. Returns whether it is a link.
+
+    Of a symbolic link the file that it leads to is linked.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and target.samefile(source):
+    if target.exists() and not target.is_symlink() and target.samefile(source):
         return True
     temporary = temporary_beside(target)
-    is_link = True
     try:
-        os.link(source, temporary)
+        os.link(source.resolve(), temporary)
     except OSError as error:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
-        is_link = False
-        try:
-            shutil.copyfile(source, temporary)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with open(source, "rb") as reader, atomic_write(target) as writer:
+            shutil.copyfileobj(reader, writer, HASH_BLOCK_BYTES)
+        return False
     temporary.replace(target)
-    return is_link
+    fsync_folder(target.parent)
+    return True

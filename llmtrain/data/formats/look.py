@@ -63,7 +63,8 @@ class LookTask:
 
 def look_at(task: LookTask) -> dict[str, Any]:
     """Count what is in a file, and write the ids of its documents: xxh3_128 of their tokens as int32, or
-    zeros for a document without a token."""
+    zeros for a document without a token. EOS at the end is left out, so that a document has the same id
+    before and after it gets one."""
     path = task.source.out / task.ids
     done = path.with_suffix(".json")
     if (finished := read_done(done)) is not None:
@@ -103,17 +104,26 @@ def look_at(task: LookTask) -> dict[str, Any]:
         look["empty"] += int((~is_there).sum())
         look["without_eos"] += int(lacks.sum())
         raw = tokens.astype("<i4")
-        for begin, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True):
-            ids.append(xxhash.xxh3_128_digest(raw[begin:end].data) if begin < end else NO_ID)
+        bare = ends - (is_there & ~lacks)
+        for begin, end, is_document in zip(
+            (ends - lengths).tolist(), bare.tolist(), is_there.tolist(), strict=True
+        ):
+            ids.append(xxhash.xxh3_128_digest(raw[begin:end].data) if is_document else NO_ID)
     if look["documents"] == look["empty"]:
         return {**look, "problems": [f"{source.path} holds no document"]}
     table = np.frombuffer(b"".join(ids), dtype=np.uint8).reshape(-1, 16)
     look["xxh3_128"] = digest.hexdigest()
+    look["lengths_xxh3_128"] = lengths_hash(foreign)
     look["smallest_draw"] = int(draws(table, task.seed)[table.any(axis=1)].min())
     with atomic_write(path) as handle:
         np.save(handle, table, allow_pickle=False)
     write_done(done, look, [path])
     return look
+
+
+def lengths_hash(foreign: Foreign) -> str:
+    """xxh3_128 of where the documents of a file end, whatever file says so."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(foreign.lengths, dtype="<i8").data)
 
 
 def draws(ids: npt.NDArray[np.uint8], seed: int) -> npt.NDArray[np.uint64]:

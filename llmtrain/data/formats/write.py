@@ -10,14 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.formats.links import link_or_copy
-from llmtrain.data.formats.look import LookTask, groups, masks
+from llmtrain.data.formats.look import LookTask, groups, lengths_hash, masks
 from llmtrain.data.manifest import ShardEntry, shard_files
 from llmtrain.data.shards import ShardWriter, index_shard, sums_file
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
+from llmtrain.errors import DataError
 from llmtrain.files import atomic_write
 
 Int64 = npt.NDArray[np.int64]
@@ -26,6 +28,9 @@ Int64 = npt.NDArray[np.int64]
 @dataclass(frozen=True, kw_only=True)
 class WriteTask:
     look: LookTask
+    xxh3_128: str
+    """Of the file's tokens when they were looked at."""
+    lengths_xxh3_128: str
     split: str
     prefix: str
     """Of the shard, relative to the data folder."""
@@ -38,18 +43,24 @@ class WriteTask:
 
 
 def write_shard(task: WriteTask) -> dict[str, Any]:
-    """Link or write a shard unless that is done."""
+    """Link or write a shard unless that is done.
+
+    Raises:
+        DataError: the file is no longer what it was when it was looked at.
+    """
     source = task.look.source
     prefix = source.out / task.prefix
     done = prefix.with_name(f"{prefix.name}.json")
     if (finished := read_done(done)) is not None:
         return finished
     tokenizer, foreign = load_tokenizer(source.tokenizer), source.open()
+    _check_unchanged(task, "document lengths", task.lengths_xxh3_128, lengths_hash(foreign))
     table = np.load(source.out / task.look.ids)
     mask = masks(source.out / task.look.ids, task.limit, task.look.seed, is_held_out=source.is_held_out)[
         task.split
     ]
     num_appended, is_link, all_lengths, text_bytes = 0, False, [], []
+    digest = xxhash.xxh3_128()
     exact = task.split == "held_out"  # their text is written out, and must be as long as we say
     with ExitStack() as stack:
         writer = None
@@ -59,6 +70,7 @@ def write_shard(task: WriteTask) -> dict[str, Any]:
                 ShardWriter(prefix, task.dtype, source.vocab_size, eos_id=source.eos_id)
             )
         for first, lengths, tokens in groups(foreign):
+            digest.update(np.ascontiguousarray(tokens).data)
             chosen = mask[first : first + len(lengths)]
             if not chosen.any():
                 continue
@@ -70,6 +82,7 @@ def write_shard(task: WriteTask) -> dict[str, Any]:
                 writer.add_many(tokens, lengths)
             all_lengths.append(lengths)
             text_bytes.append(text_lengths(tokenizer, tokens, lengths, exact=exact))
+        _check_unchanged(task, "tokens", task.xxh3_128, digest.hexdigest())
         doc_lengths = np.concatenate(all_lengths)
         if writer is None:
             is_link = link_or_copy(source.path, shard_files(prefix)[0])
@@ -95,6 +108,17 @@ def write_shard(task: WriteTask) -> dict[str, Any]:
     summary = {"shard": asdict(shard), "linked": is_link, "appended": num_appended}
     write_done(done, summary, [*shard_files(prefix), sums_file(prefix), lineage_path])
     return summary
+
+
+def _check_unchanged(task: WriteTask, what: str, expected: str, found: str) -> None:
+    """The look may be of an earlier run, and a file may change without its size and time of change."""
+    if found != expected:
+        source = task.look.source
+        raise DataError(
+            f"{source.path} changed since it was looked at: the xxh3_128 of its {what} was {expected} and is "
+            f"{found} now. Restore the file and import again; if it is right as it is, delete "
+            f"{(source.out / task.look.ids).parent} first"
+        )
 
 
 def with_eos(tokens: npt.NDArray[Any], lengths: Int64, eos_id: int) -> tuple[npt.NDArray[Any], Int64, int]:
