@@ -37,8 +37,26 @@ class Precision(Enum):
 
 
 class ScheduleKind(Enum):
+    """The learning rate after warm-up."""
+
     cosine = "cosine"
+    """Half a cosine from peak to floor (Loshchilov & Hutter 2017, arXiv:1608.03983)."""
     wsd = "wsd"
+    """The peak, then down to the floor over the last decay_tokens (Hu et al. 2024, arXiv:2404.06395)."""
+    inverse_sqrt = "inverse_sqrt"
+    """The peak times sqrt(warmup_tokens / tokens), not below the floor (Vaswani et al. 2017,
+    arXiv:1706.03762, section 5.3): no end is planned for."""
+    constant = "constant"
+    """The peak."""
+
+
+class DecayShape(Enum):
+    """How wsd goes down. With t from 0 to 1 over decay_tokens, the share of the way to the floor is"""
+
+    linear = "linear"
+    """t;"""
+    sqrt = "sqrt"
+    """sqrt(t), the best of those that Hägele et al. 2024 (arXiv:2405.18392, section 3.2) compare."""
 
 
 @dataclass(kw_only=True)
@@ -173,20 +191,25 @@ class ScheduleConfig:
     """The learning rate as a function of tokens seen, so that a change of batch size cannot stretch it."""
 
     kind: ScheduleKind = ScheduleKind.cosine
-    """cosine: half a cosine from peak to floor; wsd: constant, then linear to the floor over the last
-    decay_tokens."""
     warmup_tokens: int = 0
     """Tokens over which the rate rises linearly from 0 to peak."""
     decay_tokens: int | None = None
     """Only for wsd, which needs it (Hägele et al. 2024, arXiv:2405.18392, use 10-20% of the run)."""
+    decay_shape: DecayShape = DecayShape.linear
+    """No effect on other kinds."""
     floor_ratio: float = 0.1
-    """The last rate as a fraction of the peak."""
+    """The lowest rate as a fraction of the peak; no effect on constant."""
 
     def __post_init__(self) -> None:
         if (self.kind is ScheduleKind.wsd) != (self.decay_tokens is not None):
             raise ConfigError(
                 f"schedule.decay_tokens={self.decay_tokens} with schedule.kind={self.kind.name}: "
-                f"wsd needs decay_tokens, and cosine has none"
+                "wsd needs decay_tokens, and the other kinds have none"
+            )
+        if self.kind is ScheduleKind.inverse_sqrt and self.warmup_tokens < 1:
+            raise ConfigError(
+                f"schedule.warmup_tokens={self.warmup_tokens} with schedule.kind=inverse_sqrt: the rate "
+                "falls from the end of warm-up on, in its measure; give at least 1"
             )
         if self.warmup_tokens < 0 or (self.decay_tokens or 0) < 0 or not 0 <= self.floor_ratio <= 1:
             raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from llmtrain.train.config import ScheduleConfig, ScheduleKind
+from llmtrain.train.config import DecayShape, ScheduleConfig, ScheduleKind
 
 
 def learning_rate(
@@ -18,6 +18,10 @@ def learning_rate(
     floor = peak * cfg.floor_ratio
     if tokens_seen < cfg.warmup_tokens:
         return peak * min(1.0, (tokens_seen + step_tokens) / cfg.warmup_tokens)
+    if cfg.kind is ScheduleKind.constant:
+        return peak
+    if cfg.kind is ScheduleKind.inverse_sqrt:
+        return max(floor, peak * math.sqrt(cfg.warmup_tokens / tokens_seen))
     if cfg.kind is ScheduleKind.cosine:
         done = min(1.0, (tokens_seen - cfg.warmup_tokens) / max(1, total_tokens - cfg.warmup_tokens))
         return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
@@ -25,4 +29,6 @@ def learning_rate(
     left = max(0, total_tokens - tokens_seen)
     if left >= cfg.decay_tokens:
         return peak
-    return floor + (peak - floor) * left / cfg.decay_tokens
+    done = 1.0 - left / cfg.decay_tokens
+    way = math.sqrt(done) if cfg.decay_shape is DecayShape.sqrt else done
+    return peak + (floor - peak) * way

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from llmtrain.errors import ConfigError
-from llmtrain.train.config import Intent, OptimizerConfig, RampConfig, RunConfig, ScheduleConfig, TrainConfig
+from llmtrain.train.config import (
+    Intent,
+    OptimizerConfig,
+    RampConfig,
+    RunConfig,
+    ScheduleConfig,
+    ScheduleKind,
+    TrainConfig,
+)
 
 TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_batch_rows": 2}
 
@@ -50,8 +58,10 @@ def test_optimizer_config_says_what_is_wrong(settings: dict[str, Any], message: 
 
 
 def test_schedule_config_says_what_is_wrong() -> None:
-    with pytest.raises(ConfigError, match="wsd needs decay_tokens, and cosine has none"):
+    with pytest.raises(ConfigError, match="wsd needs decay_tokens, and the other kinds have none"):
         ScheduleConfig(decay_tokens=5)
+    with pytest.raises(ConfigError, match=r"warmup_tokens=0 with schedule.kind=inverse_sqrt"):
+        ScheduleConfig(kind=ScheduleKind.inverse_sqrt)
     with pytest.raises(ConfigError, match=r"0 <=.*schedule.floor_ratio <= 1"):
         ScheduleConfig(floor_ratio=2.0)
 
