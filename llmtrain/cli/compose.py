@@ -128,4 +128,6 @@ def _explain_omegaconf(error: OmegaConfBaseException) -> str:
         )
     first_line = str(error.msg or error).splitlines()[0] if str(error) else type(error).__name__
     where = f"{error.full_key}: " if error.full_key else ""
+    if "Invalid value 'False'" in first_line and "off" in first_line:
+        first_line += '; YAML reads off without quotes as false: write "off"'
     return f"{where}{first_line}"

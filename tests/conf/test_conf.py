@@ -162,6 +162,22 @@ def test_a_key_that_a_users_file_spells_wrong_is_an_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_off_without_quotes_in_a_file_is_explained(tmp_path):
+    (tmp_path / "mine/experiment").mkdir(parents=True)
+    (tmp_path / "mine/experiment/mine.yaml").write_text("# @package _global_\ntracking: {wandb: off}\n")
+    done = hydra_verb("train", "--config-dir", "mine", "+experiment=mine", cwd=tmp_path)
+    assert done.returncode == 2
+    assert 'write "off"' in done.stderr
+
+
+def test_a_new_name_of_a_dictionary_needs_a_plus_and_the_message_says_so(tmp_path):
+    done = hydra_verb("train", "data.sources={web: {folder: x}}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        "data.sources has no web; add names to it with a plus, as in +data.sources={web: ...}" in done.stderr
+    )
+
+
 def documented_commands():
     """The commands of docs/configuration.md that need no folder of the reader's."""
     text = (CONF.parent / "docs/configuration.md").read_text(encoding="utf-8")
