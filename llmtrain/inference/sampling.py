@@ -63,9 +63,14 @@ def generate(
         stream_name: Another name gives another sample for the same seed.
 
     Raises:
-        ConfigError: A prompt id outside the model's vocabulary.
+        ConfigError: A prompt id outside the model's vocabulary; more tokens than it has positions for.
     """
-    vocab_size = model.cfg.vocab_size
+    vocab_size, max_positions = model.cfg.vocab_size, model.cfg.max_positions
+    if max_positions is not None and max(1, len(prompt_ids)) + cfg.max_new_tokens > max_positions:
+        raise ConfigError(
+            f"{len(prompt_ids)} tokens of prompt and max_new_tokens={cfg.max_new_tokens} are more than the "
+            f"model's {max_positions} positions; shorten one of them"
+        )
     ids = [int(token) for token in prompt_ids] or [eos_id if start_id is None else start_id]
     for token in ids:
         if not 0 <= token < vocab_size:

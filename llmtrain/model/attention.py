@@ -97,21 +97,23 @@ class Attention(nn.Module):
         super().__init__()
         self.head_width = cfg.width_per_head
         width_q, width_kv = cfg.num_heads * self.head_width, cfg.num_kv_heads * self.head_width
-        self.wq = nn.Linear(cfg.d_model, width_q, bias=False)
-        self.wk = nn.Linear(cfg.d_model, width_kv, bias=False)
-        self.wv = nn.Linear(cfg.d_model, width_kv, bias=False)
-        self.wo = nn.Linear(width_q, cfg.d_model, bias=False)
+        self.wq = nn.Linear(cfg.d_model, width_q, bias=cfg.has_biases)
+        self.wk = nn.Linear(cfg.d_model, width_kv, bias=cfg.has_biases)
+        self.wv = nn.Linear(cfg.d_model, width_kv, bias=cfg.has_biases)
+        self.wo = nn.Linear(width_q, cfg.d_model, bias=cfg.has_biases)
 
     def forward(
         self,
         x_BSD: Tensor,
-        turn: Rotation,
+        turn: Rotation | None,
         mask: Tensor | None,
         is_causal: bool,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        q_BSHK = rotate(self.wq(x_BSD).unflatten(-1, (-1, self.head_width)), turn)
-        k_BSGK = rotate(self.wk(x_BSD).unflatten(-1, (-1, self.head_width)), turn)
+        q_BSHK = self.wq(x_BSD).unflatten(-1, (-1, self.head_width))
+        k_BSGK = self.wk(x_BSD).unflatten(-1, (-1, self.head_width))
+        if turn is not None:
+            q_BSHK, k_BSGK = rotate(q_BSHK, turn), rotate(k_BSGK, turn)
         v_BSGK = self.wv(x_BSD).unflatten(-1, (-1, self.head_width))
         k_BGJK, v_BGJK = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         if cache is not None:

@@ -7,22 +7,22 @@ from torch import Tensor, nn
 from llmtrain.model.attention import Attention, LayerCache
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.mlp import MLP
-from llmtrain.model.norm import RMSNorm
+from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import Rotation
 
 
 class Block(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.attention_norm = build_norm(cfg)
         self.attention = Attention(cfg)
-        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mlp_norm = build_norm(cfg)
         self.mlp = MLP(cfg)
 
     def forward(
         self,
         x_BSD: Tensor,
-        turn: Rotation,
+        turn: Rotation | None,
         mask: Tensor | None,
         is_causal: bool,
         cache: LayerCache | None = None,

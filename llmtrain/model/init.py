@@ -1,7 +1,8 @@
 """Initial weights, each from its own random stream: the same on every layout, whichever ranks hold them.
 
 Normal with `init_std`; the projections that write into the residual stream (wo, w_down) get
-init_std / sqrt(2 L), since 2 L of them add up there (Radford et al. 2019, section 2.3). Norms start at 1.
+init_std / sqrt(2 L), since 2 L of them add up there (Radford et al. 2019, section 2.3). Norms start at 1,
+biases at 0.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from llmtrain.model.transformer import Transformer
 
 
 def initial_std(name: str, cfg: ModelConfig) -> float:
-    """Standard deviation of the weight with this canonical name; 0 for a norm, which is constant."""
-    if name.endswith("norm.weight"):
+    """Standard deviation of the weight with this canonical name; 0 for norms and biases: constants."""
+    if name.endswith(("norm.weight", ".bias")):
         return 0.0
     if name.endswith((".wo.weight", ".w_down.weight")):
         return cfg.init_std / math.sqrt(2 * cfg.num_layers)
@@ -31,7 +32,7 @@ def initial_weight(name: str, numel: int, cfg: ModelConfig, seed: int) -> NDArra
     """The flattened initial weight with this canonical name. Equal in every layout."""
     std = initial_std(name, cfg)
     if std == 0.0:
-        return np.ones(numel, dtype=np.float32)
+        return np.full(numel, 0.0 if name.endswith(".bias") else 1.0, dtype=np.float32)
     values = rng.stream(seed, "init", name).standard_normal(numel, dtype=np.float32)
     values *= std
     return values

@@ -1,4 +1,5 @@
-"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467), computed in fp32 whatever the activations' dtype."""
+"""RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) and LayerNorm (Ba et al. 2016, arXiv:1607.06450),
+computed in fp32 whatever the activations' dtype."""
 
 from __future__ import annotations
 
@@ -7,6 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llmtrain.model.config import Family, ModelConfig
+
+
+def build_norm(cfg: ModelConfig) -> nn.Module:
+    """The family's norm over d_model."""
+    if cfg.family is Family.gpt2:
+        return nn.LayerNorm(cfg.d_model, cfg.norm_eps)
+    return RMSNorm(cfg.d_model, cfg.norm_eps)
 
 
 class RMSNorm(nn.Module):

@@ -1,15 +1,15 @@
 """What a shape costs: parameters, FLOPs, bytes of training state. For the planner and the trainer alike.
 
 A multiply-add is two FLOPs. Only matrix products count: activations and softmax are left out, as they are in
-every published MFU. N below is the weights that a token is multiplied with: all but the input embedding, with
-the head, and with the norms (under 0.1% of N, kept because the papers keep them). Tied weights count once as
-parameters, and once, as the head, in N.
+every published MFU. N below is the weights that a token is multiplied with: all but the input embeddings,
+with the head, and with norms and biases (under 0.1% of N, kept because the papers keep them). Tied weights
+count once as parameters, and once, as the head, in N.
 """
 
 from __future__ import annotations
 
 from llmtrain.errors import ConfigError, unknown_name
-from llmtrain.model.config import ModelConfig
+from llmtrain.model.config import Family, ModelConfig
 
 FLOPS_CONVENTIONS = ("palm", "causal", "fused")
 
@@ -18,11 +18,15 @@ def num_params_by_part(cfg: ModelConfig) -> dict[str, int]:
     """Parameters of each part, over all layers; the values add up to `num_params`. A tied head is 0."""
     width_q = cfg.num_heads * cfg.width_per_head
     width_kv = cfg.num_kv_heads * cfg.width_per_head
+    num_matrices = 3 if cfg.family is Family.llama else 2
+    attention_biases = width_q + 2 * width_kv + cfg.d_model if cfg.has_biases else 0
+    mlp_biases = cfg.ffn_width + cfg.d_model if cfg.has_biases else 0
+    norm_vectors = 2 if cfg.has_biases else 1
     return {
-        "embedding": cfg.vocab_size * cfg.d_model,
-        "attention": cfg.num_layers * cfg.d_model * 2 * (width_q + width_kv),
-        "mlp": cfg.num_layers * 3 * cfg.d_model * cfg.ffn_width,
-        "norm": (2 * cfg.num_layers + 1) * cfg.d_model,
+        "embedding": (cfg.vocab_size + (cfg.max_positions or 0)) * cfg.d_model,
+        "attention": cfg.num_layers * (cfg.d_model * 2 * (width_q + width_kv) + attention_biases),
+        "mlp": cfg.num_layers * (num_matrices * cfg.d_model * cfg.ffn_width + mlp_biases),
+        "norm": norm_vectors * (2 * cfg.num_layers + 1) * cfg.d_model,
         "head": 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model,
     }
 

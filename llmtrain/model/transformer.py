@@ -10,19 +10,22 @@ from llmtrain.model.attention import KVCache, visible_after, visible_within_docu
 from llmtrain.model.block import Block
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.loss import linear_sum_cross_entropy
-from llmtrain.model.norm import RMSNorm
+from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import rotation
 
 
 class Transformer(nn.Module):
-    """A LLaMA-style decoder (Touvron et al. 2023, arXiv:2302.13971)."""
+    """A decoder of either family."""
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.position_embedding = (
+            None if cfg.max_positions is None else nn.Embedding(cfg.max_positions, cfg.d_model)
+        )
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
-        self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.final_norm = build_norm(cfg)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
     def forward(
@@ -37,7 +40,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: token ids.
-            positions_BS: place of each token in its document, from 0.
+            positions_BS: place of each token in its document, from 0; below cfg.max_positions.
             segments_BS: equal numbers mark the tokens of one document; None when every row is one document.
             targets_BS: the next token of each token, or -100 where there is none.
             cache: keys and values of the tokens before these; this call's are added to it.
@@ -47,9 +50,13 @@ class Transformer(nn.Module):
         """
         assert cache is None or segments_BS is None, "a cache holds one document a row: it takes no segments"
         x_BSD = self.embedding(tokens_BS)
-        turn = rotation(
-            positions_BS, width=self.cfg.width_per_head, theta=self.cfg.rope_theta, dtype=x_BSD.dtype
-        )
+        turn = None
+        if self.position_embedding is not None:
+            x_BSD = x_BSD + self.position_embedding(positions_BS)
+        else:
+            turn = rotation(
+                positions_BS, width=self.cfg.width_per_head, theta=self.cfg.rope_theta, dtype=x_BSD.dtype
+            )
         mask, is_causal = None, False
         if segments_BS is not None:
             mask = visible_within_documents(segments_BS)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.files import read_json, write_json
+from llmtrain.files import plain, read_json, write_json
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.size import flops_per_token, num_non_embedding_params, num_params, training_state_bytes
 from llmtrain.planner.config import BudgetConfig, HardwareConfig
@@ -223,7 +223,7 @@ def predict_on(
 
 
 def write_plan(path: Path, plan: PlanFile) -> None:
-    write_json(path, {"format_version": FORMAT_VERSION, **asdict(plan)})
+    write_json(path, {"format_version": FORMAT_VERSION, **plain(plan)})
 
 
 def read_plan(path: Path) -> PlanFile:

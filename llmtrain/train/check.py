@@ -16,6 +16,7 @@ from llmtrain.data.manifest import verify as verify_files
 from llmtrain.errors import ConfigError, DataError, LLMTrainError
 from llmtrain.loader.config import ObjectiveKind
 from llmtrain.loader.open import OpenData, open_data
+from llmtrain.model.config import ModelConfig
 from llmtrain.model.size import num_params
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
 from llmtrain.train.config import Intent, Precision, TrainRoot
@@ -31,6 +32,9 @@ only."""
 
 FIXED_BY_CHECKPOINT = ("model", "run.seed", "data.seq_len")
 """Settings that a resume may not change: the weights' shapes, and the order of the rows."""
+
+ADDED_SINCE = {"model.family": "llama", "model.max_positions": None, "schedule.decay_shape": "linear"}
+"""Settings that checkpoints of earlier versions do not have, and what was so then."""
 
 FREE_AT_RESUME = (
     "check_only",
@@ -92,6 +96,7 @@ def check_train(cfg: TrainRoot, *, world_size: int | None, verify: bool = False)
     """
     found = Findings()
     _check_ranks(cfg, world_size, found)
+    _check_positions(cfg, found)
     _check_schedule(cfg, found)
     data = _check_data(cfg, found)
     _check_start(cfg, data, found, verify=verify)
@@ -132,6 +137,15 @@ def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> Non
         found.problems.append(
             "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 gives "
             "wrong gradient norms; set parallel.zero_stage=1"
+        )
+
+
+def _check_positions(cfg: TrainRoot, found: Findings) -> None:
+    most = cfg.model.max_positions
+    if most is not None and cfg.data.seq_len > most:
+        found.problems.append(
+            f"data.seq_len={cfg.data.seq_len} is more than model.max_positions={most}: a document that "
+            "fills a row would have tokens without a position; raise model.max_positions"
         )
 
 
@@ -269,7 +283,8 @@ def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings, *, veri
 def _check_warm_start(
     cfg: TrainRoot, data: OpenData | None, reader: CheckpointReader, found: Findings
 ) -> None:
-    old, new = _flatten(reader.state["config"]["model"]), _flatten(files.plain(cfg.model))
+    old = _flatten(files.plain(ModelConfig(**reader.state["config"]["model"])))
+    new = _flatten(files.plain(cfg.model))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if before == after or name == "init_std":
@@ -293,7 +308,7 @@ def _check_warm_start(
 
 def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[list[str], list[str]]:
     """(changes that a resume refuses, changes that it allows and reports), each a sentence."""
-    old, new = _flatten(reader.state["config"]), _flatten(files.plain(cfg))
+    old, new = ADDED_SINCE | _flatten(reader.state["config"]), _flatten(files.plain(cfg))
     fixed, changed = [], []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)

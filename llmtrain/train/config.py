@@ -171,7 +171,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Applied to matrices only, never to norms."""
+    """Applied to matrices only, never to norms and biases."""
 
     def __post_init__(self) -> None:
         if not (

@@ -27,5 +27,5 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
 
 
 def is_vector(name: str) -> bool:
-    """Whether a canonical parameter name is a norm's scale."""
-    return name.endswith("norm.weight")
+    """Whether a canonical parameter name is a norm's scale, or a bias."""
+    return name.endswith(("norm.weight", ".bias"))

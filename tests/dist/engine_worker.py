@@ -12,13 +12,17 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.loader.batches import Batch
-from llmtrain.model.config import ModelConfig
+from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.init import build_transformer, initial_weight
 from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.config import ParallelConfig
 from llmtrain.train.config import OptimizerConfig, Precision, RampConfig, TrainConfig
 
-MODEL = ModelConfig(vocab_size=96, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, ffn_width=80)
+SHAPE = {"vocab_size": 96, "num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 80}
+MODELS = {
+    "llama": ModelConfig(**SHAPE),
+    "gpt2": ModelConfig(**SHAPE, family=Family.gpt2, max_positions=24, tie_embeddings=True),
+}
 OPTIMIZER = OptimizerConfig(peak_lr=3e-3)
 SEQ_LEN, ROWS, STEPS, CLIP, SEED = 24, 8, 20, 0.5, 5
 
@@ -34,7 +38,7 @@ def batch_of(step: int, first: int, last: int) -> Batch:
     rows = []
     for row in range(first, last):
         random = np.random.default_rng([step, row])
-        tokens = random.integers(0, MODEL.vocab_size, SEQ_LEN + 1)
+        tokens = random.integers(0, SHAPE["vocab_size"], SEQ_LEN + 1)
         cut = int(random.integers(4, SEQ_LEN - 4))
         targets = tokens[1:].copy()
         targets[cut - 1] = -100
@@ -54,15 +58,15 @@ def batch_of(step: int, first: int, last: int) -> Batch:
     )
 
 
-def reference() -> dict[str, list[float]]:
+def reference(family: str) -> dict[str, list[float]]:
     """The same run in plain PyTorch: one process, one batch, nothing of ours but the model."""
-    model = build_transformer(MODEL, seed=SEED)
-    matrices = [p for n, p in model.named_parameters() if not n.endswith("norm.weight")]
-    norms = [p for n, p in model.named_parameters() if n.endswith("norm.weight")]
+    model = build_transformer(MODELS[family], seed=SEED)
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
     adamw = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": OPTIMIZER.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
+            {"params": vectors, "weight_decay": 0.0},
         ],
         lr=OPTIMIZER.peak_lr,
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
@@ -89,7 +93,7 @@ def checksums(weights: dict[str, torch.Tensor]) -> list[float]:
     ]
 
 
-def run(stage: int, micro_rows: int, precision: Precision) -> dict[str, list[float]]:
+def run(family: str, stage: int, micro_rows: int, precision: Precision) -> dict[str, list[float]]:
     from llmtrain.train.engine import Engine, build_context  # noqa: PLC0415  the reference needs no DeepSpeed
 
     train = TrainConfig(
@@ -103,11 +107,11 @@ def run(stage: int, micro_rows: int, precision: Precision) -> dict[str, list[flo
     parallel = ParallelConfig(zero_stage=stage)
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     with build_context(train, parallel, dp_size=num_ranks):
-        model = Transformer(MODEL)
+        model = Transformer(MODELS[family])
     engine = Engine(model, device=torch.device("cpu"), train=train, parallel=parallel, optimizer=OPTIMIZER)
 
     def fresh(kind: str, name: str, start: int, length: int) -> np.ndarray:
-        whole = initial_weight(name, int(np.prod(engine.shapes[name])), MODEL, SEED)
+        whole = initial_weight(name, int(np.prod(engine.shapes[name])), MODELS[family], SEED)
         return whole[start : start + length]
 
     engine.load(fresh)
@@ -146,7 +150,10 @@ if __name__ == "__main__":
     cases = json.loads(sys.argv[1])
     print(
         json.dumps(
-            {f"{stage}/{micro}/{kind}": run(stage, micro, Precision[kind]) for stage, micro, kind in cases}
+            {
+                f"{family}/{stage}/{micro}/{kind}": run(family, stage, micro, Precision[kind])
+                for family, stage, micro, kind in cases
+            }
         )
     )
     dist.destroy_process_group()

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from llmtrain.data.pipeline import run as run_data
 from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
+from llmtrain.files import plain
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.tracking.facts import record_start
@@ -100,7 +100,7 @@ def make_run(data_folder: Path, tmp_path: Path) -> MakeRun:
                     for name, weight in weights
                 ],
                 state={
-                    "model": asdict(cfg),
+                    "model": plain(cfg),
                     "data_folder": str(data_folder),
                     "tokenizer_fingerprint": read_manifest(data_folder).tokenizer.fingerprint,
                     "config": {"data": {"seq_len": SEQ_LEN, "packing": "concat"}},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from llmtrain.errors import ConfigError
 from llmtrain.inference import sampling
 from llmtrain.inference.sampling import SamplingConfig, choose, generate, next_logits
 from llmtrain.model.attention import KVCache
-from llmtrain.model.config import ModelConfig
+from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.model.transformer import Transformer
 
@@ -21,9 +23,19 @@ CFG = ModelConfig(
 PROMPT = [5, 9, 33, 71, 12, 12, 40]
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    return build_transformer(CFG, seed=0).eval()
+GPT2 = replace(CFG, family=Family.gpt2, max_positions=200)
+
+
+@pytest.fixture(scope="module", params=[CFG, GPT2], ids=["llama", "gpt2"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return build_transformer(request.param, seed=0).eval()
+
+
+def test_no_token_is_asked_for_that_has_no_position() -> None:
+    model = build_transformer(GPT2, seed=0).eval()
+    assert len(list(generate(model, PROMPT, SamplingConfig(max_new_tokens=193), eos_id=-1))) == 193
+    with pytest.raises(ConfigError, match=r"7 tokens of prompt and max_new_tokens=194 are more than"):
+        next(generate(model, PROMPT, SamplingConfig(max_new_tokens=194), eos_id=-1))
 
 
 def cache_for(max_len: int) -> KVCache:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llmtrain.model.block import Block
-from llmtrain.model.config import ModelConfig
+from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.init import build_transformer, init_weights, initial_weight
 
 CFG = ModelConfig(
@@ -25,6 +26,21 @@ def test_projections_into_the_residual_stream_are_scaled_by_depth() -> None:
         std_error = 1 / math.sqrt(2 * weight.numel())
         assert weight.std().item() == pytest.approx(expected, rel=5 * std_error), name
         assert abs(weight.mean().item()) < 5 * expected / math.sqrt(weight.numel()), name
+
+
+def test_gpt2s_norms_start_at_one_and_its_biases_at_zero() -> None:
+    cfg = replace(CFG, family=Family.gpt2, max_positions=300)
+    seen = 0
+    for name, weight in build_transformer(cfg, seed=1).named_parameters():
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif name.endswith("norm.weight"):
+            assert (weight == 1).all(), name
+        else:
+            assert weight.std().item() > 0.005, name
+            continue
+        seen += 1
+    assert seen == 8 * (2 * 2 + 6) + 2
 
 
 def test_a_weight_depends_on_seed_and_name_only() -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from llmtrain.errors import ConfigError
 from llmtrain.model import size
-from llmtrain.model.config import ModelConfig
+from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.model.transformer import Transformer
 
@@ -25,6 +25,17 @@ SHAPES = [
         num_heads=4,
         num_kv_heads=4,
         ffn_width=96,
+        tie_embeddings=True,
+    ),
+    ModelConfig(
+        family=Family.gpt2,
+        max_positions=64,
+        vocab_size=256,
+        num_layers=2,
+        d_model=112,
+        num_heads=4,
+        num_kv_heads=2,
+        ffn_width=448,
         tie_embeddings=True,
     ),
     ModelConfig(

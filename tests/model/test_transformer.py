@@ -15,6 +15,8 @@ SHAPES = {
     "grouped, tied": {"num_kv_heads": 2, "tie_embeddings": True},
     "multi-head, untied": {"num_kv_heads": 4, "tie_embeddings": False},
     "multi-query, wide heads": {"num_kv_heads": 1, "head_width": 24},
+    "gpt2, tied": {"family": "gpt2", "max_positions": 64, "num_kv_heads": 4, "tie_embeddings": True},
+    "gpt2, grouped, untied, odd heads": {"family": "gpt2", "max_positions": 64, "head_width": 15},
 }
 
 
@@ -102,6 +104,13 @@ def test_parameter_names_are_the_canonical_ones() -> None:
         "final_norm.weight",
         "head.weight",
     }
+    gpt2 = {
+        name
+        for name, _ in Transformer(config(num_layers=1, family="gpt2", max_positions=9)).named_parameters()
+    }
+    biased = (names - {"blocks.0.mlp.w_gate.weight"}) | {"position_embedding.weight"}
+    without = {"embedding.weight", "position_embedding.weight", "head.weight"}
+    assert gpt2 == biased | {name.replace(".weight", ".bias") for name in biased - without}
     tied = {name for name, _ in Transformer(config(num_layers=1, tie_embeddings=True)).named_parameters()}
     assert tied == names - {"head.weight"}
 

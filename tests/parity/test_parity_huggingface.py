@@ -1,4 +1,5 @@
-"""Logits, loss and gradients equal Hugging Face's LlamaForCausalLM with the same weights, in fp32 to 1e-5."""
+"""Logits, loss and gradients equal Hugging Face's LlamaForCausalLM and GPT2LMHeadModel with the same weights,
+in fp32 to 1e-5."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from llmtrain.model.config import ModelConfig
+from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.model.loss import NO_TARGET
 from llmtrain.model.size import num_params
@@ -49,6 +50,94 @@ def huggingface_name(name: str) -> str:
     ):
         name = re.sub(ours, theirs, name)
     return name
+
+
+def gpt2_config(cfg: ModelConfig) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=cfg.vocab_size,
+        n_positions=cfg.max_positions,
+        n_embd=cfg.d_model,
+        n_layer=cfg.num_layers,
+        n_head=cfg.num_heads,
+        n_inner=cfg.ffn_width,
+        layer_norm_epsilon=cfg.norm_eps,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        tie_word_embeddings=cfg.tie_embeddings,
+        attn_implementation="eager",
+    )
+
+
+def gpt2_weights(model: GPT2LMHeadModel, of: str = "data") -> dict[str, torch.Tensor]:
+    """Their weights, or gradients (`of="grad"`), by our names. They keep matrices as [in, out], and q,
+    k, v in one."""
+    found = {}
+    for name, weight in model.named_parameters():
+        value = getattr(weight, of)
+        for theirs, ours in (
+            (r"^transformer\.wte\.", "embedding."),
+            (r"^transformer\.wpe\.", "position_embedding."),
+            (r"^transformer\.ln_f\.", "final_norm."),
+            (r"^lm_head\.", "head."),
+            (r"^transformer\.h\.", "blocks."),
+            (r"\.ln_1\.", ".attention_norm."),
+            (r"\.ln_2\.", ".mlp_norm."),
+            (r"\.attn\.c_proj\.", ".attention.wo."),
+            (r"\.mlp\.c_fc\.", ".mlp.w_up."),
+            (r"\.mlp\.c_proj\.", ".mlp.w_down."),
+        ):
+            name = re.sub(theirs, ours, name)
+        if value.ndim == 2 and name.startswith("blocks."):
+            value = value.T
+        if ".attn.c_attn." in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                found[name.replace(".attn.c_attn.", f".attention.w{letter}.")] = part
+        else:
+            found[name] = value
+    return found
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
+def test_gpt2s_logits_and_gradients_equal_hugging_faces(tie_embeddings: bool) -> None:
+    cfg = ModelConfig(
+        family=Family.gpt2,
+        vocab_size=160,
+        max_positions=80,
+        num_layers=3,
+        d_model=96,
+        num_heads=6,
+        num_kv_heads=6,
+        ffn_width=200,
+        tie_embeddings=tie_embeddings,
+        init_std=0.1,
+    )
+    ours = build_transformer(cfg, seed=0)
+    theirs = GPT2LMHeadModel(gpt2_config(cfg)).eval()
+    generator = torch.Generator().manual_seed(1)
+    their_weights = gpt2_weights(theirs)
+    with torch.no_grad():
+        for name, weight in ours.named_parameters():
+            if "norm" in name or name.endswith(".bias"):
+                weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+            their_weights.pop(name).copy_(weight)
+    assert not their_weights, f"weights that only they have: {list(their_weights)}"
+    tokens = torch.randint(0, cfg.vocab_size, (2, 70), generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(70).expand(2, -1)
+    expected = theirs(input_ids=tokens, use_cache=False).logits
+    torch.testing.assert_close(ours(tokens, positions), expected, atol=1e-5, rtol=1e-5)
+    targets = tokens.roll(-1, dims=1)
+    targets[:, -1] = NO_TARGET
+    loss = ours(tokens, positions, targets_BS=targets) / int((targets != NO_TARGET).sum())
+    their_loss = theirs(input_ids=tokens, labels=tokens, use_cache=False).loss
+    torch.testing.assert_close(loss, their_loss, atol=1e-5, rtol=1e-5)
+    loss.backward()
+    their_loss.backward()
+    their_grads = gpt2_weights(theirs, of="grad")
+    for name, weight in ours.named_parameters():
+        torch.testing.assert_close(
+            weight.grad, their_grads[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def both(cfg: ModelConfig) -> tuple[Transformer, LlamaForCausalLM]:
@@ -121,7 +210,11 @@ def test_every_named_shape_has_as_many_parameters_as_hugging_faces_and_as_its_co
     text = path.read_text(encoding="utf-8")
     cfg = ModelConfig(**yaml.safe_load(text))
     with torch.device("meta"):
-        theirs = LlamaForCausalLM(huggingface_config(cfg))
+        theirs = (
+            GPT2LMHeadModel(gpt2_config(cfg))
+            if cfg.family is Family.gpt2
+            else LlamaForCausalLM(huggingface_config(cfg))
+        )
     assert num_params(cfg) == theirs.num_parameters()
     stated = re.search(r"([\d,]+) parameters", text)
     assert stated is not None, "the comment says how many parameters there are"

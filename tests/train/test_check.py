@@ -93,6 +93,14 @@ def test_a_mistake_is_named_and_ends_with_status_2(
     assert "Traceback" not in text
 
 
+def test_rows_longer_than_a_models_positions_are_refused(data: Path, tmp_path: Path) -> None:
+    status, text = check(
+        *train_arguments(data, tmp_path / "run"), "model.family=gpt2", "model.max_positions=31"
+    )
+    assert status == EXIT_FAILED
+    assert "data.seq_len=32 is more than model.max_positions=31" in text
+
+
 def test_bf16_without_zero_is_refused(data: Path, tmp_path: Path) -> None:
     status, text = check(
         *train_arguments(data, tmp_path / "run"), "train.precision=bf16", "parallel.zero_stage=0"

@@ -58,6 +58,27 @@ def test_mfu_is_told_when_a_peak_is_named(launcher: Launcher, data: Path, tmp_pa
     assert "MFU counts causal FLOPs against 0.1 TFLOP/s a device (guess)" in text
 
 
+def test_gpt2_trains_and_goes_on_elsewhere(launcher: Launcher, data: Path, tmp_path: Path) -> None:
+    """The same losses from one process to the end, and from two ranks with ZeRO-3 after the eighth step."""
+    gpt2 = ["model.family=gpt2", "model.max_positions=32", "model.tie_embeddings=true"]
+    gpt2 += ["run.intent=fresh_or_resume", "schedule.kind=constant"]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for folder, ranks, more in (
+        (whole, 1, []),
+        (parted, 1, ["train.total_tokens=2048"]),
+        (parted, 2, ["parallel.zero_stage=3"]),
+    ):
+        status, text = launcher.run(train_arguments(data, folder, *gpt2, *more), num_ranks=ranks)
+        assert status == 0, text
+    losses = [
+        [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "step"]
+        for folder in (whole, parted)
+    ]
+    assert len(losses[0]) == 12
+    assert losses[0][-1] < losses[0][0] - 0.3
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_bf16_trains(launcher: Launcher, data: Path, tmp_path: Path) -> None:
     status, text = launcher.run(train_arguments(data, tmp_path / "run", "train.precision=bf16"), num_ranks=2)
     assert status == 0, text
