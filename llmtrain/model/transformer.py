@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmtrain.model.attention import KVCache, visible_after, visible_within_documents
 from llmtrain.model.block import Block
@@ -20,6 +21,9 @@ class Transformer(nn.Module):
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.recompute_every = 0
+        """Of so many blocks the first keeps its input alone, and computes the rest again in the backward pass
+        (Chen et al. 2016, arXiv:1604.06174). 1: all of them; 0: none."""
         self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.position_embedding = (
             None if cfg.max_positions is None else nn.Embedding(cfg.max_positions, cfg.d_model)
@@ -70,7 +74,13 @@ class Transformer(nn.Module):
                 ~mask, -torch.inf
             )
         for index, block in enumerate(self.blocks):
-            x_BSD = block(x_BSD, turn, mask, is_causal, None if cache is None else cache.layers[index])
+            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
+                assert cache is None, "a cache is for generation, which has no backward pass"
+                x_BSD = checkpoint(  # nothing in a block is random
+                    block, x_BSD, turn, mask, is_causal, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BSD = block(x_BSD, turn, mask, is_causal, None if cache is None else cache.layers[index])
         x_BSD = self.final_norm(x_BSD)
         head_VD = self.embedding.weight if self.head is None else self.head.weight
         if targets_BS is None:

@@ -80,6 +80,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
 
         with build_context(cfg.train, cfg.parallel, dp_size=world_size):
             model = Transformer(cfg.model)
+        model.recompute_every = cfg.train.recompute_every
         engine = Engine(model, device=device, train=cfg.train, parallel=cfg.parallel, optimizer=cfg.optimizer)
         progress = _load(cfg, engine, start)
         batches = Batches(

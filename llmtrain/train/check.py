@@ -58,6 +58,7 @@ FREE_AT_RESUME = (
     "tracking",
     "parallel",
     "train.micro_batch_rows",
+    "train.recompute_every",
     "train.keep_checkpoints",
     "train.save_every_steps",
     "train.eval_every_steps",

@@ -108,6 +108,7 @@ def run(family: str, stage: int, micro_rows: int, precision: Precision) -> dict[
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     with build_context(train, parallel, dp_size=num_ranks):
         model = Transformer(MODELS[family])
+    model.recompute_every = int(family == "gpt2")
     engine = Engine(model, device=torch.device("cpu"), train=train, parallel=parallel, optimizer=OPTIMIZER)
 
     def fresh(kind: str, name: str, start: int, length: int) -> np.ndarray:

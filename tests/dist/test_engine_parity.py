@@ -45,7 +45,9 @@ def test_zero_in_fp32_equals_plain_pytorch(num_ranks: int, stage: int, accumulat
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gpt2_with_tied_embeddings_and_biases_equals_plain_pytorch(num_ranks: int, stage: int) -> None:
+def test_gpt2_with_tied_embeddings_and_recomputed_blocks_equals_plain_pytorch(
+    num_ranks: int, stage: int
+) -> None:
     micro = engine_worker.ROWS // num_ranks // 2
     told, expected = results(num_ranks)[f"gpt2/{stage}/{micro}/fp32"], reference("gpt2")
     np.testing.assert_allclose(told["loss"], expected["loss"], rtol=1e-5)

@@ -93,6 +93,38 @@ def test_loss_in_the_forward_equals_loss_of_the_logits_with_its_gradients(shape:
         torch.testing.assert_close(fused[name], weight.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("every", [1, 2])
+def test_computing_blocks_again_changes_no_bit_and_keeps_less(shape: dict, every: int) -> None:
+    model = build_transformer(config(**shape, num_layers=4), seed=0)
+    tokens, positions, segments = packed_row([13, 9, 20])
+
+    def gradients(recompute_every: int) -> tuple[dict[str, Tensor], int]:
+        """Of every weight; and how many blocks kept what is inside them."""
+        model.recompute_every = recompute_every
+        model.zero_grad()
+        inside: set[int] = set()
+
+        def kept(tensor: Tensor) -> Tensor:
+            if tensor.shape[-1] == 80:  # the width of the feed-forward layer, which no input has
+                inside.add(tensor.data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            loss = model(tokens, positions, segments, targets_BS=tokens)
+        loss.backward()
+        found = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        return {**found, "loss": loss.detach()}, len(inside)
+
+    plain, kept_plain = gradients(0)
+    again, kept_again = gradients(every)
+    for name, value in plain.items():
+        assert torch.equal(value, again[name]), name
+    assert kept_again <= kept_plain * (1 - 1 / every)
+    with torch.no_grad():
+        assert torch.equal(model(tokens, positions, segments, targets_BS=tokens), plain["loss"])
+
+
 def test_parameter_names_are_the_canonical_ones() -> None:
     names = {name for name, _ in Transformer(config(num_layers=1)).named_parameters()}
     assert names == {

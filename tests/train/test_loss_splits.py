@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from engine_worker import MODEL, ROWS, batch_of
+from engine_worker import MODELS, ROWS, batch_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def loss_and_gradients(model: Transformer, edges: list[int]) -> tuple[float, lis
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.sets(st.integers(1, ROWS - 1)))
 def test_any_split_into_micro_batches_gives_the_same_loss_and_gradients(cuts: set[int]) -> None:
-    model = build_transformer(MODEL, seed=1)
+    model = build_transformer(MODELS["llama"], seed=1)
     whole_loss, whole = loss_and_gradients(model, [0, ROWS])
     loss, gradients = loss_and_gradients(model, [0, *sorted(cuts), ROWS])
     assert abs(loss - whole_loss) < 1e-5 * whole_loss
@@ -39,7 +39,7 @@ def test_any_split_into_micro_batches_gives_the_same_loss_and_gradients(cuts: se
 
 def test_the_mean_of_micro_batch_means_would_be_another_number() -> None:
     """The bug that this guards against must show on these batches."""
-    model = build_transformer(MODEL, seed=1)
+    model = build_transformer(MODELS["llama"], seed=1)
     means = []
     for row in range(ROWS):
         batch = batch_of(3, row, row + 1)
