@@ -41,12 +41,12 @@ def main() -> None:
 def show(cfg: InspectLedgerConfig) -> None:
     """Print the attempts and what they prove; exit status 1 at a contradiction."""
     folder = Path(cfg.run)
-    ledger = read_ledger(folder / LEDGER_NAME)
+    past = past_run(folder) if cfg.recompute else None
+    ledger = read_ledger(folder / LEDGER_NAME) if past is None else past.ledger
     problems = list(contradictions(ledger))
     chain = ledger.surviving()
     num_recomputed = 0
-    if cfg.recompute:
-        past = past_run(folder)
+    if past is not None:
         steps = past.of_this_data(chain[-cfg.last :] if cfg.last else chain)
         quiet = cfg.format is OutputFormat.json
         with progress("recompute", total=len(steps), unit="steps", quiet=quiet) as advance:

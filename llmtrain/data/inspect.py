@@ -21,12 +21,14 @@ from llmtrain.data.folder import locked
 from llmtrain.data.manifest import (
     Manifest,
     ShardEntry,
+    lineage_file,
     pack_problems,
     read_manifest,
     shard_files,
     shard_problems,
+    sums_file,
 )
-from llmtrain.data.shards import ShardIndex, ShardReader, sums_file
+from llmtrain.data.shards import ShardIndex, ShardReader
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.trace import OutputFormat, shard_named
 from llmtrain.errors import ConfigError, DataError
@@ -150,7 +152,7 @@ def _shard(folder: Path, manifest: Manifest, entry: ShardEntry, *, content: bool
     )
     if content and not shard.problems:  # what hashes cannot tell: whether the right things were written
         shard.problems += _inside(folder / entry.path, manifest, entry)
-        path = _lineage(folder / entry.path)
+        path = lineage_file(folder / entry.path)
         try:
             sources = pq.read_table(path, columns=["source"]).column("source").to_pylist()
         except (OSError, pa.ArrowInvalid, KeyError) as error:
@@ -236,10 +238,6 @@ def _bare(prefix: Path, *, content: bool) -> ShardFindings:
     return shard
 
 
-def _lineage(prefix: Path) -> Path:
-    return prefix.with_name(f"{prefix.name}.docs.parquet")
-
-
 def _put_away(folder: Path, shard: ShardFindings) -> str:
     """Move all files of a shard, the one that says it is done first. One of the same name that was put away
     before stays: the next is `<name>-2`."""
@@ -250,7 +248,7 @@ def _put_away(folder: Path, shard: ShardFindings) -> str:
     while name in taken:
         name, number = f"{prefix.name}-{number}", number + 1
     done = prefix.with_name(f"{prefix.name}.json")
-    for path in (done, *shard_files(prefix), sums_file(prefix), _lineage(prefix)):
+    for path in (done, *shard_files(prefix), sums_file(prefix), lineage_file(prefix)):
         if path.is_file():
             path.replace(into / f"{name}{path.name.removeprefix(prefix.name)}")
     write_json(into / f"{name}.reason.json", {"path": shard.path, "problems": shard.problems})

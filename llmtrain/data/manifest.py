@@ -343,10 +343,7 @@ def shard_problems(folder: Path, shard: ShardEntry, *, content: bool) -> Iterato
     """What is wrong with a shard's files, a sentence a file."""
     prefix = folder / shard.path
     bin_path, idx_path = shard_files(prefix)
-    sums_path, lineage = (
-        prefix.with_name(f"{prefix.name}.sums"),
-        prefix.with_name(f"{prefix.name}.docs.parquet"),
-    )
+    sums_path, lineage = sums_file(prefix), lineage_file(prefix)
     num_blocks = -(-shard.num_bytes // SUM_BLOCK_BYTES)
     sizes = {
         bin_path: shard.num_bytes,
@@ -417,6 +414,16 @@ def pack_problems(folder: Path, pack: PackEntry, *, content: bool) -> Iterator[s
 def shard_files(prefix: Path) -> tuple[Path, Path]:
     """The .bin and the .idx file of a shard prefix."""
     return prefix.with_name(f"{prefix.name}.bin"), prefix.with_name(f"{prefix.name}.idx")
+
+
+def sums_file(prefix: Path) -> Path:
+    """The .sums file of a shard prefix."""
+    return prefix.with_name(f"{prefix.name}.sums")
+
+
+def lineage_file(prefix: Path) -> Path:
+    """The table that says where each document of a shard came from."""
+    return prefix.with_name(f"{prefix.name}.docs.parquet")
 
 
 def xxh3_of_file(path: Path) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from llmtrain.data.manifest import SUM_BLOCK_BYTES, shard_files
+from llmtrain.data.manifest import SUM_BLOCK_BYTES, lineage_file, shard_files, sums_file
 from llmtrain.errors import DataError
 from llmtrain.files import atomic_write, fsync_folder, temporary_beside
 
@@ -34,11 +34,6 @@ MAX_UINT16_VOCAB = 65_499
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 
 TokenIds = npt.NDArray[Any]
-
-
-def sums_file(prefix: Path) -> Path:
-    """The .sums file of a shard prefix."""
-    return prefix.with_name(f"{prefix.name}.sums")
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -327,7 +322,7 @@ class ShardReader:
         if self._lineage is None:
             import pyarrow.parquet as pq  # noqa: PLC0415 - 40 MB that a reader of tokens does not need
 
-            table = pq.read_table(self.prefix.with_name(f"{self.prefix.name}.docs.parquet"))
+            table = pq.read_table(lineage_file(self.prefix))
             self._lineage = table.select(["id", "source", "path", "record"]).to_pydict()
         columns = self._lineage
         return Lineage(

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 
 from llmtrain.data.docs import TextBatch
 from llmtrain.data.folder import read_done, write_done
-from llmtrain.data.manifest import ShardEntry, shard_files
-from llmtrain.data.shards import ShardWriter, sums_file, token_dtype
+from llmtrain.data.manifest import ShardEntry, lineage_file, shard_files, sums_file
+from llmtrain.data.shards import ShardWriter, token_dtype
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from llmtrain.data.tokenizer.tokenizer import Ids, Tokenizer
@@ -77,7 +77,7 @@ def tokenize_shard(task: TokenizeTask) -> dict[str, Any]:
     for name in ("num_tokens", "num_fallback_tokens"):
         lineage = lineage.append_column(name, pa.array(counts[name], pa.int64()))
     ids = pa.array([digest.hex() for digest in lineage.column("id").to_pylist()], pa.string())
-    lineage_path = prefix.with_name(f"{prefix.name}.docs.parquet")
+    lineage_path = lineage_file(prefix)
     with atomic_write(lineage_path) as handle:
         pq.write_table(lineage.set_column(0, "id", ids), handle, compression="zstd")
     summary["fertility"] = _fertility(lineage.append_column("language", task.verdicts.languages(rows)))

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from llmtrain.data.config import Packing
-from llmtrain.data.manifest import Manifest, ShardEntry, read_manifest
+from llmtrain.data.manifest import Manifest, ShardEntry, lineage_file, read_manifest
 from llmtrain.data.pack import open_plan
 from llmtrain.data.shards import ShardReader
 from llmtrain.data.tokenizer.load import load_tokenizer
@@ -235,7 +235,7 @@ class _Shard:
     def __init__(self, folder: Path, entry: ShardEntry) -> None:
         self.entry = entry
         self.reader = ShardReader(folder / entry.path)
-        lineage = self.reader.prefix.with_name(f"{self.reader.prefix.name}.docs.parquet")
+        lineage = lineage_file(self.reader.prefix)
         if not lineage.is_file():
             raise DataError(f"{lineage} is missing; run `llmtrain data` again, or restore the file")
         self._documents = pq.read_table(lineage, columns=["id", "source", "path", "record", "text_bytes"])

@@ -22,9 +22,15 @@ import xxhash
 
 from llmtrain.compiled import compiled_lean
 from llmtrain.data.config import Packing
-from llmtrain.data.manifest import SUM_BLOCK_BYTES, Manifest, damaged_block, shard_files, xxh3_of_file
+from llmtrain.data.manifest import (
+    SUM_BLOCK_BYTES,
+    Manifest,
+    damaged_block,
+    shard_files,
+    sums_file,
+    xxh3_of_file,
+)
 from llmtrain.data.pack import advice, open_plan
-from llmtrain.data.shards import sums_file
 from llmtrain.errors import DataError
 from llmtrain.files import hash_json
 from llmtrain.loader.config import Verify

@@ -145,23 +145,27 @@ class Ledger:
     num_torn: int = 0
     """Lines that a kill cut off."""
 
+    def by_attempt(self) -> list[tuple[Attempt, list[Step]]]:
+        """Every attempt with the steps that it did."""
+        steps: dict[int, list[Step]] = {attempt.attempt: [] for attempt in self.attempts}
+        for step in self.steps:
+            steps[step.attempt].append(step)
+        return [(attempt, steps[attempt.attempt]) for attempt in self.attempts]
+
     def surviving(self) -> list[Step]:
         """The steps of the run as it is now: of a step done twice the last."""
         kept: dict[int, Step] = {}
-        starts = {attempt.attempt: attempt.step for attempt in self.attempts}
-        seen: set[int] = set()
-        for step in self.steps:
-            if step.attempt not in seen:
-                seen.add(step.attempt)
-                kept = {number: old for number, old in kept.items() if number <= starts.get(step.attempt, 0)}
-            kept[step.step] = step
+        for attempt, steps in self.by_attempt():
+            if steps:
+                kept = {number: old for number, old in kept.items() if number <= attempt.step}
+                kept |= {step.step: step for step in steps}
         return [kept[number] for number in sorted(kept)]
 
-    def attempt_of(self, step: int) -> Attempt:
-        """The attempt that did this step last."""
+    def last_of(self, step: int) -> tuple[Step, Attempt]:
+        """The step as it was done last, and the attempt that did it."""
         for entry in reversed(self.steps):
             if entry.step == step:
-                return next(each for each in self.attempts if each.attempt == entry.attempt)
+                return entry, next(each for each in self.attempts if each.attempt == entry.attempt)
         known = [entry.step for entry in self.steps]
         told = f"{min(known)} to {max(known)}" if known else "none"
         raise DataError(f"step {step} is not in the ledger; steps there: {told}")
@@ -193,8 +197,13 @@ def read_ledger(path: Path) -> Ledger:
         kind = value.pop("kind")
         if kind == "attempt":
             ledger.attempts.append(Attempt(**value))
-        else:
-            ledger.steps.append(Step(**value))
+            continue
+        ledger.steps.append(Step(**value))
+        if all(ledger.steps[-1].attempt != attempt.attempt for attempt in reversed(ledger.attempts)):
+            raise DataError(
+                f"{path}, line {number}: a step of attempt {ledger.steps[-1].attempt}, whose own line is not "
+                "there; restore the file"
+            )
     return ledger
 
 
@@ -210,7 +219,7 @@ def contradictions(ledger: Ledger) -> Iterator[str]:
     done: dict[int, Step] = {}
     """Whatever was done, whether it stands or not."""
     last: Attempt | None = None
-    for attempt in ledger.attempts:
+    for attempt, steps in ledger.by_attempt():
         who = f"attempt {attempt.attempt}"
         before = chain.get(attempt.step)
         if attempt.step != 0 and before is None:
@@ -230,7 +239,7 @@ def contradictions(ledger: Ledger) -> Iterator[str]:
                     yield f"{who} has another {name} than the one before: {new}, not {old}"
         last = attempt
         position, number = attempt.position, attempt.step
-        for step in (entry for entry in ledger.steps if entry.attempt == attempt.attempt):
+        for step in steps:
             end = position + attempt.batch_sizes.rows_at(position) - 1
             if (step.step, step.first, step.last) != (number + 1, position, end):
                 yield (

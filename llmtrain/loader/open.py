@@ -158,9 +158,7 @@ def _order(cfg: LoaderConfig, sources: Mapping[str, SourceConfig], train: MixedR
     for name, source in sources.items():
         rows = train.parts[name]
         epochs = cfg.max_epochs if source.max_epochs is None else source.max_epochs
-        cap = (
-            int(epochs * rows.num_rows) if cfg.sources else None
-        )  # one folder: check_train speaks of its own
+        cap = int(epochs * rows.num_rows) if cfg.sources else None  # of one folder check_train speaks
         listed.append(Source(name=name, num_rows=rows.num_rows, hash=rows.hash, max_rows=cap))
     stages: list[tuple[int, dict[str, float]]] = [
         (-(-stage.from_tokens // cfg.seq_len), dict(stage.weights)) for stage in cfg.stages

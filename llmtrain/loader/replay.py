@@ -55,13 +55,13 @@ class PastRun:
 
     def step(self, number: int) -> tuple[Step, Attempt]:
         """The step (counted from 1) as it was done last, and the attempt that did it."""
-        attempt = self.ledger.attempt_of(number)
+        step, attempt = self.ledger.last_of(number)
         if attempt.data_hash != self.data.hash:
             raise DataError(
                 f"step {number} of {self.folder} read other data, before a change that was accepted: hash "
                 f"{attempt.data_hash[:12]}, now {self.data.hash[:12]}"
             )
-        return [entry for entry in self.ledger.steps if entry.step == number][-1], attempt
+        return step, attempt
 
     def rows_of(
         self, number: int, *, rank: int | None = None, micro_batch: int | None = None

@@ -24,7 +24,7 @@ from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
 from llmtrain.loader.ledger import LEDGER_NAME, Attempt, LedgerWriter
-from llmtrain.loader.open import OpenData, open_data, open_same
+from llmtrain.loader.open import OpenData, open_same
 from llmtrain.model.init import initial_weight
 from llmtrain.model.transformer import Transformer
 from llmtrain.tracking.facts import record_start
@@ -205,7 +205,7 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
     return Start(
         attempt=next_attempt(folder.metrics),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
-        data_hash=open_data(cfg.data, seed=cfg.run.seed).hash,
+        data_hash=found.data_hash,
         accepted_change=found.accepted_change,
     )
 

@@ -78,6 +78,8 @@ class Findings:
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
     """What the run will be, with the sums behind it."""
+    data_hash: str = ""
+    """OpenData.hash; empty when the data could not be opened."""
     checkpoint: Path | None = None
     """Where the run would start from; None for fresh weights."""
     accepted_change: bool = False
@@ -184,6 +186,7 @@ def _check_data(cfg: TrainRoot, found: Findings) -> OpenData | None:
     except LLMTrainError as error:
         found.problems.append(str(error))
         return None
+    found.data_hash = data.hash
     where = ", ".join(map(str, data.folders.values()))
     vocab_size = data.manifest.tokenizer.vocab_size
     if cfg.model.vocab_size < vocab_size:

@@ -13,9 +13,9 @@ import pytest
 from llmtrain.cli import inspect_shards as command
 from llmtrain.data.config import ShardsConfig
 from llmtrain.data.inspect import InspectConfig, inspect_shards
-from llmtrain.data.manifest import read_manifest, shard_files
+from llmtrain.data.manifest import read_manifest, shard_files, sums_file
 from llmtrain.data.pipeline import run
-from llmtrain.data.shards import idx_bytes, sums_file
+from llmtrain.data.shards import idx_bytes
 from llmtrain.data.trace import OutputFormat
 from llmtrain.errors import ConfigError, DataError, LaunchError
 from llmtrain.files import FolderLock, hash_file

@@ -78,9 +78,9 @@ def test_a_run_with_restarts_is_one_chain(path: Path) -> None:
     assert [step.attempt for step in chain] == [1, 1, 2, 2, 2, 2, 2, 2]
     rows = [row for step in chain for row in range(step.first, step.last + 1)]
     assert rows == list(range(52))
-    assert ledger.attempt_of(3).world_size == 3
+    assert ledger.last_of(3)[1].world_size == 3
     with pytest.raises(DataError, match="step 9 is not in the ledger; steps there: 1 to 8"):
-        ledger.attempt_of(9)
+        ledger.last_of(9)
 
 
 @pytest.mark.parametrize("cut", range(1, 60))
@@ -167,3 +167,10 @@ def test_a_disk_that_refuses_is_kept_and_told(tmp_path: Path, monkeypatch: pytes
         assert "No space left on device; make room, and resume" in str(writer.failure)
         writer.step(2, first=4, last=7, tokens_hash=1)
     assert read_ledger(tmp_path / LEDGER_NAME).steps == []
+
+
+def test_a_step_whose_attempt_is_missing_is_named(path: Path) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if '"kind": "attempt", "attempt": 2' not in line))
+    with pytest.raises(DataError, match="line 7: a step of attempt 2, whose own line is not there"):
+        read_ledger(path)

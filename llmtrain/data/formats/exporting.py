@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from llmtrain.data.formats.config import ExportConfig, TokenFormat
 from llmtrain.data.formats.foreign import SUFFIX
 from llmtrain.data.formats.links import link_or_copy
-from llmtrain.data.manifest import Manifest, read_manifest, shard_files, verify
+from llmtrain.data.manifest import Manifest, lineage_file, read_manifest, shard_files, verify
 from llmtrain.data.shards import ShardReader
 from llmtrain.data.verdicts import SPLITS
 from llmtrain.errors import DataError, unknown_name
@@ -111,7 +111,7 @@ def _datatrove(reader: ShardReader, target: Path, manifest: Manifest) -> None:
 
 def _olmo(reader: ShardReader, target: Path, _manifest: Manifest) -> None:
     """start,end,id,src,loc of each document, without a head line."""
-    lineage = pq.read_table(reader.prefix.with_name(f"{reader.prefix.name}.docs.parquet"))
+    lineage = pq.read_table(lineage_file(reader.prefix))
     ends = np.cumsum(reader.doc_lengths, dtype=np.int64)
     columns = [(ends - reader.doc_lengths).tolist(), ends.tolist()]
     columns += [lineage.column(name).to_pylist() for name in ("id", "path", "record")]

@@ -263,7 +263,7 @@ def _write(
     )  # fmt: skip
     tasks: dict[str, list[WriteTask]] = {split: [] for split in SPLITS}
     for look, seen_there in zip(looks, seen, strict=True):
-        held = masks(out / look.ids, limit, cfg.seed, is_held_out=look.source.is_held_out)
+        held = masks(np.load(out / look.ids), limit, cfg.seed, is_held_out=look.source.is_held_out)
         for split, mask in held.items():
             if mask.any():
                 tasks[split].append(

@@ -143,13 +143,13 @@ def groups(foreign: Foreign) -> Iterator[tuple[int, Int64, npt.NDArray[Any]]]:
         first = last
 
 
-def masks(ids: Path, limit: int | None, seed: int, *, is_held_out: bool) -> dict[str, Mask]:
+def masks(ids: npt.NDArray[np.uint8], limit: int | None, seed: int, *, is_held_out: bool) -> dict[str, Mask]:
     """Which documents of a file go to which split; one without a token goes to none.
 
     Args:
+        ids: of its documents, [n, 16].
         limit: documents with a draw up to it are held out; None: whole files are.
     """
-    table = np.load(ids)
-    is_there = table.any(axis=1)
-    held = np.full(len(table), is_held_out) if limit is None else draws(table, seed) <= np.uint64(limit)
+    is_there = ids.any(axis=1)
+    held = np.full(len(ids), is_held_out) if limit is None else draws(ids, seed) <= np.uint64(limit)
     return {"train": is_there & ~held, "held_out": is_there & held}

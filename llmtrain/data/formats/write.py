@@ -15,8 +15,8 @@ import xxhash
 from llmtrain.data.folder import read_done, write_done
 from llmtrain.data.formats.links import link_or_copy
 from llmtrain.data.formats.look import LookTask, groups, lengths_hash, masks
-from llmtrain.data.manifest import ShardEntry, shard_files
-from llmtrain.data.shards import ShardWriter, index_shard, sums_file
+from llmtrain.data.manifest import ShardEntry, lineage_file, shard_files, sums_file
+from llmtrain.data.shards import ShardWriter, index_shard
 from llmtrain.data.tokenizer.load import load_tokenizer
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import DataError
@@ -56,9 +56,7 @@ def write_shard(task: WriteTask) -> dict[str, Any]:
     tokenizer, foreign = load_tokenizer(source.tokenizer), source.open()
     _check_unchanged(task, "document lengths", task.lengths_xxh3_128, lengths_hash(foreign))
     table = np.load(source.out / task.look.ids)
-    mask = masks(source.out / task.look.ids, task.limit, task.look.seed, is_held_out=source.is_held_out)[
-        task.split
-    ]
+    mask = masks(table, task.limit, task.look.seed, is_held_out=source.is_held_out)[task.split]
     num_appended, is_link, all_lengths, text_bytes = 0, False, [], []
     digest = xxhash.xxh3_128()
     exact = task.split == "held_out"  # their text is written out, and must be as long as we say
@@ -89,7 +87,7 @@ def write_shard(task: WriteTask) -> dict[str, Any]:
             result = index_shard(prefix, task.dtype, doc_lengths, eos_id=source.eos_id)
         else:
             result = writer.close()
-    lineage_path = prefix.with_name(f"{prefix.name}.docs.parquet")
+    lineage_path = lineage_file(prefix)
     numbers, sizes = np.flatnonzero(mask), np.concatenate(text_bytes)
     rows = [foreign.rows[number] for number in numbers.tolist()] if foreign.rows is not None else None
     lineage = pa.table(
