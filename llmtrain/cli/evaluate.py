@@ -80,7 +80,7 @@ def evaluate(cfg: EvaluateRoot) -> None:
             *(", ".join(data["sources"]), loaded.data_folder),
         )
     rows = Rows(loaded.data_folder, loaded.manifest, "held_out", data["seq_len"], packing)
-    device = loaded.model.embedding.weight.device
+    device = loaded.model.device
     begin = time.perf_counter()
     batches = held_out_batches(rows, micro_batch_rows=cfg.micro_batch_rows, dp_rank=0, dp_size=1)
     loss_sum, num_targets = held_out_loss(loaded.model, batches, device=device)

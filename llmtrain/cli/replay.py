@@ -168,7 +168,7 @@ def _recorded(run: Path, step: int) -> float | None:
 
 
 def _losses(model: Transformer, past: PastRun, rows: list[TracedRow], *, quiet: bool) -> Iterator[RowLoss]:
-    device = model.embedding.weight.device
+    device = model.device
     with progress("replay", total=len(rows), unit="rows", quiet=quiet) as advance:
         for first in range(0, len(rows), AT_ONCE):
             part = rows[first : first + AT_ONCE]

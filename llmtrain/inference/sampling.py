@@ -84,7 +84,7 @@ def generate(
 def _generate(
     model: Transformer, ids: list[int], cfg: SamplingConfig, eos_id: int, random: np.random.Generator
 ) -> Iterator[int]:
-    weight = model.embedding.weight
+    weight = model
     cache = KVCache(
         model.cfg,
         batch_size=1,
@@ -103,7 +103,7 @@ def _generate(
 @torch.no_grad()
 def next_logits(model: Transformer, ids: Sequence[int], cache: KVCache) -> NDArray[np.float64]:
     """Feed `ids` after what the cache holds; return the logits of the token that follows, float64 [V]."""
-    device = model.embedding.weight.device
+    device = model.device
     for start in range(0, len(ids), PREFILL_AT_ONCE):
         part = torch.tensor([list(ids[start : start + PREFILL_AT_ONCE])], device=device)
         positions_BS = torch.arange(cache.length, cache.length + part.shape[1], device=device)[None]

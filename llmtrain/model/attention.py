@@ -1,8 +1,8 @@
-"""Causal attention inside documents, with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
+"""The attention layer with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245), and the cache of
+generation.
 
-A row holds several documents, and a token sees the earlier tokens of its own one only. A boolean mask says
-who sees whom; it is built once per forward and shared by all blocks. J stands for the positions of the keys:
-S of this call, or those of the cache as well.
+A row holds several documents, and a token sees the earlier tokens of its own one only. The mask that says so
+is built once per forward and shared by all blocks.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.model.config import ModelConfig
+from llmtrain.model.linear import InputSplitLinear
 from llmtrain.model.rope import Rotation, rotate
+from llmtrain.model.seams import Seams
 
 
 @dataclass
@@ -64,43 +65,16 @@ class KVCache:
         return sum(layer.keys_BGJK.nbytes + layer.values_BGJK.nbytes for layer in self.layers)
 
 
-def visible_within_documents(segments_BS: Tensor) -> Tensor:
-    """Boolean [B, 1, S, S]: query i sees key j when j <= i and both are of one segment."""
-    num_positions = segments_BS.shape[1]
-    same = segments_BS[:, :, None] == segments_BS[:, None, :]
-    causal = torch.ones(num_positions, num_positions, dtype=torch.bool, device=segments_BS.device).tril_()
-    return same.logical_and_(causal)[:, None]
-
-
-def visible_after(num_past: int, num_new: int, device: torch.device) -> Tensor | None:
-    """Boolean [S, J] for `num_new` queries that follow `num_past` cached keys; None when they see all."""
-    if num_new == 1:
-        return None
-    everything = torch.ones(num_new, num_past + num_new, dtype=torch.bool, device=device)
-    return everything.tril_(diagonal=num_past)
-
-
-def attend(q_BHSK: Tensor, k_BGJK: Tensor, v_BGJK: Tensor, *, mask: Tensor | None, is_causal: bool) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v, each key/value head serving H/G consecutive query heads."""
-    return F.scaled_dot_product_attention(
-        q_BHSK,
-        k_BGJK,
-        v_BGJK,
-        attn_mask=mask,
-        is_causal=is_causal,
-        enable_gqa=q_BHSK.shape[1] != k_BGJK.shape[1],
-    )
-
-
 class Attention(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, seams: Seams) -> None:
         super().__init__()
+        self.seams = seams
         self.head_width = cfg.width_per_head
         width_q, width_kv = cfg.num_heads * self.head_width, cfg.num_kv_heads * self.head_width
         self.wq = nn.Linear(cfg.d_model, width_q, bias=cfg.has_biases)
         self.wk = nn.Linear(cfg.d_model, width_kv, bias=cfg.has_biases)
         self.wv = nn.Linear(cfg.d_model, width_kv, bias=cfg.has_biases)
-        self.wo = nn.Linear(width_q, cfg.d_model, bias=cfg.has_biases)
+        self.wo = InputSplitLinear(width_q, cfg.d_model, bias=cfg.has_biases, leave=seams.leave)
 
     def forward(
         self,
@@ -110,6 +84,7 @@ class Attention(nn.Module):
         is_causal: bool,
         cache: LayerCache | None = None,
     ) -> Tensor:
+        x_BSD = self.seams.enter(x_BSD)
         q_BSHK = self.wq(x_BSD).unflatten(-1, (-1, self.head_width))
         k_BSGK = self.wk(x_BSD).unflatten(-1, (-1, self.head_width))
         if turn is not None:
@@ -118,6 +93,6 @@ class Attention(nn.Module):
         k_BGJK, v_BGJK = k_BSGK.transpose(1, 2), v_BSGK.transpose(1, 2)
         if cache is not None:
             k_BGJK, v_BGJK = cache.append(k_BGJK, v_BGJK)
-        out_BHSK = attend(q_BSHK.transpose(1, 2), k_BGJK, v_BGJK, mask=mask, is_causal=is_causal)
+        out_BHSK = self.seams.attend(q_BSHK.transpose(1, 2), k_BGJK, v_BGJK, mask, is_causal)
         out_BSD: Tensor = self.wo(out_BHSK.transpose(1, 2).flatten(2))
         return out_BSD

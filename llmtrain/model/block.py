@@ -9,15 +9,16 @@ from llmtrain.model.config import ModelConfig
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import Rotation
+from llmtrain.model.seams import Seams
 
 
 class Block(nn.Module):
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, seams: Seams) -> None:
         super().__init__()
         self.attention_norm = build_norm(cfg)
-        self.attention = Attention(cfg)
+        self.attention = Attention(cfg, seams)
         self.mlp_norm = build_norm(cfg)
-        self.mlp = MLP(cfg)
+        self.mlp = MLP(cfg, seams)
 
     def forward(
         self,

@@ -2,35 +2,75 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmtrain.model.attention import KVCache, visible_after, visible_within_documents
+from llmtrain.model.attend import additive, visible_after
+from llmtrain.model.attention import KVCache
 from llmtrain.model.block import Block
 from llmtrain.model.config import ModelConfig
-from llmtrain.model.loss import linear_sum_cross_entropy
 from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import rotation
+from llmtrain.model.seams import Seams
+
+
+@dataclass(frozen=True)
+class Span:
+    """The blocks [first, last) of a model, with the embedding before the first and the head after the
+    last: what a pipeline stage holds."""
+
+    first: int
+    last: int
+    num_layers: int
+
+    @property
+    def has_embedding(self) -> bool:
+        return self.first == 0
+
+    @property
+    def has_head(self) -> bool:
+        return self.last == self.num_layers
 
 
 class Transformer(nn.Module):
-    """A decoder of either family."""
+    """A decoder of either family, or a span of one. Weights have their canonical names in both."""
 
-    def __init__(self, cfg: ModelConfig) -> None:
+    def __init__(self, cfg: ModelConfig, *, seams: Seams | None = None, span: Span | None = None) -> None:
+        """
+        Args:
+            cfg: what this rank holds: `partition.local_config` under tensor parallelism.
+            seams: what is said between ranks; None in one process.
+            span: None is all of it.
+        """
         super().__init__()
         self.cfg = cfg
+        self.seams = seams = seams or Seams()
+        self.span = span = span or Span(0, cfg.num_layers, cfg.num_layers)
         self.recompute_every = 0
         """Of so many blocks the first keeps its input alone, and computes the rest again in the backward pass
         (Chen et al. 2016, arXiv:1604.06174). 1: all of them; 0: none."""
-        self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.position_embedding = (
-            None if cfg.max_positions is None else nn.Embedding(cfg.max_positions, cfg.d_model)
-        )
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.num_layers))
-        self.final_norm = build_norm(cfg)
-        self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.embedding = self.position_embedding = self.final_norm = self.head = None
+        if span.has_embedding or (span.has_head and cfg.tie_embeddings):
+            self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        if span.has_embedding and cfg.max_positions is not None:
+            self.position_embedding = nn.Embedding(cfg.max_positions, cfg.d_model)
+        self.blocks = nn.ModuleDict({str(at): Block(cfg, seams) for at in range(span.first, span.last)})
+        if span.has_head:
+            self.final_norm = build_norm(cfg)
+            if not cfg.tie_embeddings:
+                self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
 
     def forward(
         self,
@@ -40,40 +80,47 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Return logits_BSV, or with targets the summed cross entropy.
+        """Return logits_BSV, or with targets the summed cross entropy. For a whole model.
 
         Args:
             tokens_BS: token ids.
             positions_BS: place of each token in its document, from 0; below cfg.max_positions.
             segments_BS: equal numbers mark the tokens of one document; None when every row is one document.
+                Of whole rows, also where `seams` have cut the others along S.
             targets_BS: the next token of each token, or -100 where there is none.
             cache: keys and values of the tokens before these; this call's are added to it.
 
         Returns:
             Logits in the weights' dtype; or the sum over all valid targets, in nats, as an fp32 scalar.
         """
-        assert cache is None or segments_BS is None, "a cache holds one document a row: it takes no segments"
-        x_BSD = self.embedding(tokens_BS)
-        turn = None
+        x_BSD = self.embed(tokens_BS, positions_BS)
+        x_BSD = self.run_blocks(x_BSD, positions_BS, segments_BS, cache)
+        return self.read_out(x_BSD, targets_BS)
+
+    def embed(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+        assert self.embedding is not None, "the first span has it"
+        x_BSD = self.seams.embed(tokens_BS, self.embedding.weight)
         if self.position_embedding is not None:
-            x_BSD = x_BSD + self.position_embedding(positions_BS)
-        else:
-            turn = rotation(
-                positions_BS, width=self.cfg.width_per_head, theta=self.cfg.rope_theta, dtype=x_BSD.dtype
-            )
-        mask, is_causal = None, False
+            x_BSD = x_BSD + self.position_embedding(self.seams.own_positions(positions_BS))
+        return x_BSD
+
+    def run_blocks(
+        self, x_BSD: Tensor, positions_BS: Tensor, segments_BS: Tensor | None, cache: KVCache | None = None
+    ) -> Tensor:
+        assert cache is None or segments_BS is None, "a cache holds one document a row: it takes no segments"
+        cfg, dtype = self.cfg, x_BSD.dtype
+        turn = None
+        if cfg.max_positions is None:
+            turn = rotation(positions_BS, width=cfg.width_per_head, theta=cfg.rope_theta, dtype=dtype)
+        mask = None
         if segments_BS is not None:
-            mask = visible_within_documents(segments_BS)
+            mask = self.seams.mask(segments_BS, dtype)
         elif cache is not None and cache.length > 0:
-            mask = visible_after(cache.length, tokens_BS.shape[1], tokens_BS.device)
-        else:
-            is_causal = True
-        if mask is not None:
-            # SDPA would make this of a boolean mask again in every block.
-            mask = torch.zeros(mask.shape, dtype=x_BSD.dtype, device=mask.device).masked_fill_(
-                ~mask, -torch.inf
-            )
-        for index, block in enumerate(self.blocks):
+            visible = visible_after(cache.length, positions_BS.shape[1], positions_BS.device)
+            mask = None if visible is None else additive(visible, dtype)
+        is_causal = segments_BS is None and (cache is None or cache.length == 0)
+        for number, block in enumerate(self.blocks.values()):
+            index = self.span.first + number
             if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 assert cache is None, "a cache is for generation, which has no backward pass"
                 x_BSD = checkpoint(  # nothing in a block is random
@@ -81,8 +128,13 @@ class Transformer(nn.Module):
                 )
             else:
                 x_BSD = block(x_BSD, turn, mask, is_causal, None if cache is None else cache.layers[index])
-        x_BSD = self.final_norm(x_BSD)
-        head_VD = self.embedding.weight if self.head is None else self.head.weight
+        return x_BSD
+
+    def read_out(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor:
+        assert self.final_norm is not None, "the last span has it"
+        x_BSD = self.seams.enter(self.final_norm(x_BSD))
+        head = self.head or self.embedding
+        assert head is not None, "the last span has it"
         if targets_BS is None:
-            return F.linear(x_BSD, head_VD)
-        return linear_sum_cross_entropy(x_BSD.flatten(0, 1), head_VD, targets_BS.flatten())
+            return F.linear(x_BSD, head.weight)
+        return self.seams.loss(x_BSD.flatten(0, 1), head.weight, targets_BS.flatten())

@@ -2,26 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
 
 from llmtrain.errors import ConfigError
 
 
+class EngineKind(Enum):
+    """What drives the ranks."""
+
+    deepspeed = "deepspeed"
+    """DeepSpeed: every layout."""
+    accelerate = "accelerate"
+    """Hugging Face Accelerate: one process, DDP (zero_stage 0) or FSDP2 (2: weights stay whole between
+    forward and backward; 3: they are gathered again)."""
+
+
+class ContextKind(Enum):
+    """What context-parallel ranks exchange in attention."""
+
+    heads = "heads"
+    """All-to-all: each rank has all positions of some heads (Jacobs et al. 2023, Ulysses,
+    arXiv:2309.14509)."""
+    sequence = "sequence"
+    """A ring: keys and values of each rank's positions go round (Liu et al. 2023, arXiv:2310.01889), cut so
+    that causal work is even."""
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
-    """Every rank is a data-parallel rank; what a rank keeps of the training state is the ZeRO stage's
-    choice."""
+    """The grid (pp, dp, cp, tp), tp fastest. Data parallelism takes the ranks that the other axes leave."""
 
+    engine: EngineKind = EngineKind.deepspeed
     zero_stage: int = 1
     """0: every rank keeps all; 1: optimizer states are split; 2: gradients too; 3: weights too
-    (Rajbhandari et al. 2020, arXiv:1910.02054)."""
-
+    (Rajbhandari et al. 2020, arXiv:1910.02054). Over dp * cp ranks."""
+    pp_size: int = 1
+    """Pipeline stages, each of consecutive blocks."""
+    cp_size: int = 1
+    """Ranks that share the positions of a row."""
+    tp_size: int = 1
+    """Ranks that share every matrix."""
+    sequence_parallel: bool = False
+    """Whether tp ranks share the positions of activations between the matrices, too (Korthikanti et al.
+    2022, arXiv:2205.05198). Less memory, as many bytes sent. No effect at tp_size=1."""
+    context: ContextKind = ContextKind.heads
+    """No effect at cp_size=1."""
     world_size: int | None = None
     """Ranks that the run is meant for. A launch with another number is refused; null takes any that divides
     the batch."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Keys of DeepSpeed's own configuration beside those that llmtrain sets, checked against its schema."""
 
     def __post_init__(self) -> None:
         if self.world_size is not None and self.world_size < 1:
             raise ConfigError(f"parallel.world_size={self.world_size} must be at least 1, or null")
         if self.zero_stage not in (0, 1, 2, 3):
             raise ConfigError(f"parallel.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        for name in ("pp_size", "cp_size", "tp_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)} must be at least 1")

@@ -46,7 +46,7 @@ from llmtrain.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "COMMITTED"
 

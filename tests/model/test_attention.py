@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmtrain.model.attention import KVCache, attend, visible_after, visible_within_documents
+from llmtrain.model.attend import attend, visible_after, visible_within_documents
+from llmtrain.model.attention import KVCache
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.norm import RMSNorm
 from llmtrain.model.rope import rotate, rotation
@@ -41,7 +42,7 @@ def test_attention_equals_a_loop_in_float64(num_kv_heads: int, is_bool: bool) ->
     mask = visible_within_documents(SEGMENTS)
     if not is_bool:
         mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-    ours = attend(q_BHSK, k_BGSK, v_BGSK, mask=mask, is_causal=False)
+    ours = attend(q_BHSK, k_BGSK, v_BGSK, mask, False)
     expected = loop_attention(q_BHSK, k_BGSK, v_BGSK, SEGMENTS)
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
 
@@ -50,7 +51,7 @@ def test_causal_attention_equals_a_loop_in_float64() -> None:
     generator = torch.Generator().manual_seed(0)
     q_BHSK = torch.randn(2, 4, 9, 6, generator=generator)
     k_BGSK, v_BGSK = torch.randn(2, 2, 2, 9, 6, generator=generator)
-    ours = attend(q_BHSK, k_BGSK, v_BGSK, mask=None, is_causal=True)
+    ours = attend(q_BHSK, k_BGSK, v_BGSK, None, True)
     expected = loop_attention(q_BHSK, k_BGSK, v_BGSK, torch.zeros_like(SEGMENTS))
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
 

@@ -11,6 +11,7 @@ import torch
 from llmtrain.model.block import Block
 from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.init import build_transformer, init_weights, initial_weight
+from llmtrain.model.seams import Seams
 
 CFG = ModelConfig(
     vocab_size=400, num_layers=8, d_model=192, num_heads=6, num_kv_heads=3, ffn_width=320, init_std=0.03
@@ -59,7 +60,7 @@ def test_a_part_of_a_model_gets_the_values_it_has_in_the_whole() -> None:
     class Half(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blocks = torch.nn.ModuleDict({str(index): Block(CFG) for index in (4, 5)})
+            self.blocks = torch.nn.ModuleDict({str(index): Block(CFG, Seams()) for index in (4, 5)})
 
     half = Half()
     init_weights(half, CFG, seed=1)

@@ -52,6 +52,11 @@ def huggingface_name(name: str) -> str:
     return name
 
 
+def as_theirs(name: str, value: torch.Tensor) -> torch.Tensor:
+    """wo and w_down are [in, out] here, [out, in] in LlamaForCausalLM."""
+    return value.T if name.endswith((".wo.weight", ".w_down.weight")) else value
+
+
 def gpt2_config(cfg: ModelConfig) -> GPT2Config:
     return GPT2Config(
         vocab_size=cfg.vocab_size,
@@ -88,8 +93,8 @@ def gpt2_weights(model: GPT2LMHeadModel, of: str = "data") -> dict[str, torch.Te
             (r"\.mlp\.c_proj\.", ".mlp.w_down."),
         ):
             name = re.sub(theirs, ours, name)
-        if value.ndim == 2 and name.startswith("blocks."):
-            value = value.T
+        if value.ndim == 2 and name.endswith((".attn.c_attn.weight", ".w_up.weight")):
+            value = value.T  # wo and w_down are [in, out] here, too
         if ".attn.c_attn." in name:
             for letter, part in zip("qkv", value.chunk(3), strict=True):
                 found[name.replace(".attn.c_attn.", f".attention.w{letter}.")] = part
@@ -150,7 +155,7 @@ def both(cfg: ModelConfig) -> tuple[Transformer, LlamaForCausalLM]:
         for name, weight in ours.named_parameters():
             if "norm" in name:
                 weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
-            their_weights.pop(huggingface_name(name)).copy_(weight)
+            their_weights.pop(huggingface_name(name)).copy_(as_theirs(name, weight))
     assert not their_weights, f"weights that only they have: {list(their_weights)}"
     return ours, theirs
 
@@ -187,7 +192,11 @@ def test_logits_and_gradients_equal_hugging_faces(num_kv_heads: int, tie_embeddi
     for name, weight in ours.named_parameters():
         their_grad = their_weights[huggingface_name(name)].grad
         torch.testing.assert_close(
-            weight.grad, their_grad, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            as_theirs(name, weight.grad),
+            their_grad,
+            atol=1e-5,
+            rtol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 
