@@ -65,6 +65,15 @@ def flops_per_token(cfg: ModelConfig, seq_len: int, *, convention: str = "palm")
     return 6 * num_multiplied_params(cfg) + attention
 
 
+def block_costs(cfg: ModelConfig, *, seq_len: int) -> list[float]:
+    """Work of each block in parts of one block's, with the head's added to the last: what pipeline stages
+    are cut by. FLOPs of matrix products, causal attention; the embedding looks up and costs nothing."""
+    parts = num_params_by_part(cfg)
+    products = (parts["attention"] + parts["mlp"]) / cfg.num_layers
+    block = products + cfg.num_heads * cfg.width_per_head * seq_len
+    return [1.0] * (cfg.num_layers - 1) + [1.0 + cfg.vocab_size * cfg.d_model / block]
+
+
 STATE_BYTES_PER_PARAM = {"fp32": (4, 4, 8), "bf16": (2, 2, 12)}
 """(weight, gradient, optimizer) bytes a parameter under AdamW: two fp32 moments, and with bf16 weights an
 fp32 master copy beside them (Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3.1: 2 + 2 + 12)."""

@@ -57,3 +57,19 @@ def build_groups(topology: Topology) -> Groups:
         data=axis("dp", "cp"),
         replica=axis("pp", "cp", "tp"),
     )
+
+
+def split_axis(axis: Axis, size: int) -> Axis:
+    """This rank's place among each `size` neighbours of `axis`. Every rank calls this."""
+    if size == 1:
+        return Axis(0, 1, (dist.get_rank(),), None)
+    everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everyone, axis.ranks)
+    mine = axis
+    for ranks in sorted(set(everyone)):
+        for first in range(0, len(ranks), size):
+            some = ranks[first : first + size]
+            group = dist.new_group(list(some))
+            if dist.get_rank() in some:
+                mine = Axis(some.index(dist.get_rank()), size, some, group)
+    return mine

@@ -59,8 +59,8 @@ def own_positions(positions_BS: Tensor, axis: Axis, *, sequence_parallel: bool) 
     return positions_BS.chunk(axis.size, SEQUENCE_DIM)[axis.rank]
 
 
-def sum_gradient(parameter: Tensor, group: dist.ProcessGroup) -> None:
-    """Have the gradient of `parameter` summed over `group` before anything else sees it.
+def sum_gradient(parameter: Tensor, axis: Axis) -> None:
+    """Have the gradient of `parameter` summed over the axis before anything else sees it.
 
     For what several ranks hold whole and each uses for a part of the work: norms under sequence parallelism,
     a key/value head that several ranks share.
@@ -68,7 +68,7 @@ def sum_gradient(parameter: Tensor, group: dist.ProcessGroup) -> None:
 
     def total(grad: Tensor) -> Tensor:
         grad = grad.contiguous()
-        dist.all_reduce(grad, group=group)
+        dist.all_reduce(grad, group=axis.group)
         return grad
 
     parameter.register_hook(total)  # type: ignore[no-untyped-call]
@@ -93,9 +93,9 @@ def _all_gather(x_BsD: Tensor, axis: Axis) -> Tensor:
 
 def _reduce_scatter(x_BSD: Tensor, axis: Axis) -> Tensor:
     """Along S: the sum of the ranks' x, this rank's positions of it."""
-    parts = torch.stack(x_BSD.chunk(axis.size, SEQUENCE_DIM))
-    out = torch.empty_like(parts[0])
-    dist.reduce_scatter_tensor(out, parts, group=axis.group)
+    parts = x_BSD.chunk(axis.size, SEQUENCE_DIM)
+    out = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+    dist.reduce_scatter_tensor(out, torch.cat(parts), group=axis.group)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The process grid (pp, dp, cp, tp), tp fastest: which rank stands where, and who talks with whom. stdlib only.
+"""The process grid (pp, dp, cp, tp), tp fastest: which rank stands where, who talks with whom. stdlib only.
 
 The order is Megatron's and DeepSpeed's: tensor-parallel ranks, which talk most, are neighbours on a node.
 """
