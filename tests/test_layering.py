@@ -41,11 +41,12 @@ NAMED_ONLY_IN = {  # other people's package -> the only files or folders that ma
         "parallel/mpu.py",
         "parallel/pipeline.py",
         "train/deepspeed_config.py",
-        "train/engine.py",
-        "train/checkpoint.py",
+        "train/deepspeed_engine.py",
+        "train/pipeline_engine.py",
         "cli/train.py",  # imports it early, only to time it
         "bench/",
     },
+    "accelerate": {"train/accelerate_engine.py"},
     "sentencepiece": {"data/tokenizer/", "bench/"},
     "tokenizers": {"data/tokenizer/"},
     "dask": {"data/engines/"},
@@ -173,7 +174,7 @@ def test_a_forbidden_import_is_found(path, source, message):
     [
         ("loader/rows.py", "from llmtrain.data.manifest import read_manifest\nimport torch"),
         ("planner/plan.py", "from llmtrain.model import size, config\nimport numpy"),
-        ("train/engine.py", "import deepspeed\nfrom llmtrain.loader.batches import Batch"),
+        ("train/deepspeed_engine.py", "import deepspeed\nfrom llmtrain.loader.batches import Batch"),
         ("data/tokenizer/train.py", "def f():\n    import sentencepiece"),
         ("tracking/facts.py", "from llmtrain import __version__"),
         ("bench/step.py", "from llmtrain.train import loop\nimport torch"),

@@ -18,13 +18,16 @@ import torch.distributed as dist
 from llmtrain.bench.table import BenchConfig, Row
 from llmtrain.loader.batches import Batch
 from llmtrain.model.config import ModelConfig
-from llmtrain.model.init import build_transformer, initial_weight
+from llmtrain.model.init import build_transformer
 from llmtrain.model.size import flops_per_token, num_params
-from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.config import ParallelConfig
+from llmtrain.parallel.groups import build_groups
+from llmtrain.parallel.topology import Topology
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
-from llmtrain.train.engine import Engine, build_context, init_ranks
+from llmtrain.train.engines import open_engine
 from llmtrain.train.optimizer import build_optimizer
+from llmtrain.train.placement import fresh_weights, place
+from llmtrain.train.ranks import join_ranks
 
 MODEL = ModelConfig(
     vocab_size=8192,
@@ -41,7 +44,7 @@ LR, CLIP = 1e-3, 1.0
 
 def run(config: BenchConfig) -> list[Row]:
     config.only_options()
-    device = init_ranks(timeout_s=60)
+    device = join_ranks(timeout_s=60)
     rows = []
     bare = bare_step(device)
     for stage in (0, 1):
@@ -119,16 +122,9 @@ def engine_step(device: torch.device, stage: int) -> Callable[[], object]:
         precision=Precision.fp32,
     )
     parallel = ParallelConfig(zero_stage=stage)
-    with build_context(train, parallel, dp_size=1):
-        model = Transformer(MODEL)
-    optimizer = OptimizerConfig(peak_lr=LR)
-    engine = Engine(model, device=device, train=train, parallel=parallel, optimizer=optimizer)
-    shapes = engine.shapes
-    engine.load(
-        lambda _kind, name, start, length: initial_weight(name, int(np.prod(shapes[name])), MODEL, 0)[
-            start : start + length
-        ]
-    )
+    placement = place(MODEL, parallel, build_groups(Topology()), seq_len=SEQ_LEN)
+    engine = open_engine(placement, device=device, train=train, optimizer=OptimizerConfig(peak_lr=LR))
+    engine.load(fresh_weights(placement, seed=0))
     batches = micro_batches(device)
     return lambda: engine.train_step(batches, lr=LR)
 

@@ -16,6 +16,7 @@ from llmtrain import files
 from llmtrain.cli.compose import fail, run_verb, sweep_folder
 from llmtrain.errors import LLMTrainError
 from llmtrain.log import setup_logging, world_size
+from llmtrain.parallel.config import EngineKind
 from llmtrain.train.check import check_train
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.start_up import StartUp
@@ -71,9 +72,10 @@ def start_training(cfg: TrainRoot) -> None:
     import torch  # noqa: F401, PLC0415  a login node's check_only=true must not pay for it
 
     start_up.mark("torch")
-    import llmtrain.train.engine  # noqa: F401, PLC0415  DeepSpeed's border: most of the time is its import
+    if cfg.parallel.engine is EngineKind.deepspeed:
+        import llmtrain.train.deepspeed_engine  # noqa: F401, PLC0415  most of the time is DeepSpeed's import
 
-    start_up.mark("DeepSpeed's import")
+        start_up.mark("DeepSpeed's import")
     from llmtrain.train.assemble import run_training  # noqa: PLC0415  needs torch
 
     text = yaml.safe_dump(files.plain(cfg), sort_keys=False, allow_unicode=True)

@@ -4,7 +4,6 @@ loop."""
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -12,10 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
 from llmtrain import files
 from llmtrain.data.manifest import verify
@@ -25,16 +22,19 @@ from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
 from llmtrain.loader.ledger import LEDGER_NAME, Attempt, LedgerWriter
 from llmtrain.loader.open import OpenData, open_same
-from llmtrain.model.init import initial_weight
-from llmtrain.model.transformer import Transformer
+from llmtrain.parallel.groups import build_groups
+from llmtrain.parallel.topology import Topology
 from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.train.check import check_train
 from llmtrain.train.checkpoint import CheckpointReader, save_checkpoint
 from llmtrain.train.config import Intent, TrainRoot
-from llmtrain.train.engine import Engine, FlatSource, build_context, init_ranks
+from llmtrain.train.engine import Engine
+from llmtrain.train.engines import open_engine
 from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, train
+from llmtrain.train.placement import fresh_weights, place
+from llmtrain.train.ranks import join_ranks
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
 
@@ -64,32 +64,36 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         config_text: The resolved config as YAML, saved with the run.
         command: What the user typed, saved with the run.
     """
-    device = init_ranks(timeout_s=cfg.train.process_group_timeout_s)
+    device = join_ranks(timeout_s=cfg.train.process_group_timeout_s)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     start_up.mark("ranks")
     stop = StopSignal()
     folder = RunFolder(Path(cfg.run.folder))
     with ExitStack() as stack:
         stack.callback(_leave_ranks)
-        start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size))
+        start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size, device=device.type))
         if start is None:
             return
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
         start_up.mark("checks")
 
-        with build_context(cfg.train, cfg.parallel, dp_size=world_size):
-            model = Transformer(cfg.model)
-        model.recompute_every = cfg.train.recompute_every
-        engine = Engine(model, device=device, train=cfg.train, parallel=cfg.parallel, optimizer=cfg.optimizer)
+        parallel = cfg.parallel
+        groups = build_groups(
+            Topology.of_world(
+                world_size, pp_size=parallel.pp_size, cp_size=parallel.cp_size, tp_size=parallel.tp_size
+            )
+        )
+        placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len)
+        engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
         progress = _load(cfg, engine, start)
         batches = Batches(
             data.train,
             order=data.order,
             sizes=cfg.batch_sizes,
             micro_batch_rows=cfg.train.micro_batch_rows,
-            dp_rank=rank,
-            dp_size=world_size,
+            dp_rank=groups.dp.rank,
+            dp_size=groups.dp.size,
             prefetch_steps=cfg.data.prefetch_steps,
             pin_memory=device.type == "cuda",
             timeout_s=READ_TIMEOUT_SHARE * cfg.train.process_group_timeout_s,
@@ -184,14 +188,18 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             raise
 
 
-def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int) -> Start | None:
+def _decide(
+    cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int, device: str
+) -> Start | None:
     """Rank 0's part: check everything, take the folder, and choose the checkpoint by its hashes.
 
     Returns None when the run is over already; its folder is left as it is.
     """
-    check_train(cfg, world_size=world_size, verify=False).raise_if_any()  # before the lock creates the folder
+    check_train(
+        cfg, world_size=world_size, device=device, verify=False
+    ).raise_if_any()  # before the lock creates the folder
     stack.enter_context(FolderLock(folder.path))
-    found = check_train(cfg, world_size=world_size, verify=True)
+    found = check_train(cfg, world_size=world_size, device=device, verify=True)
     found.raise_if_any()
     for fact in found.facts:
         log.info("%s", fact)
@@ -225,12 +233,12 @@ def _verify_share(cfg: TrainRoot, data: OpenData, *, rank: int, world_size: int)
 def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
     """Fill the engine with fresh weights or a checkpoint's, and say where the run stands."""
     if start.checkpoint is None:
-        engine.load(_fresh_weights(cfg, engine))
+        engine.load(fresh_weights(engine.placement, seed=cfg.run.seed))
         return Progress(step=0, position=0)
     reader = CheckpointReader(Path(start.checkpoint))
     is_resume = cfg.run.intent is not Intent.warm_start
-    kinds = ("weight", "exp_avg", "exp_avg_sq") if is_resume else ("weight",)
-    reader.require(engine.shapes, kinds=kinds)
+    kinds = ("weight", *engine.state_kinds) if is_resume else ("weight",)
+    reader.require(engine.placement.shapes, kinds=kinds)
     if not is_resume:
         engine.load(reader.read_flat)
         return Progress(step=0, position=0)
@@ -239,20 +247,6 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
         "resumed from %s: step %d, %d rows consumed", start.checkpoint, reader.step, reader.state["position"]
     )
     return Progress(step=reader.step, position=reader.state["position"])
-
-
-def _fresh_weights(cfg: TrainRoot, engine: Engine) -> FlatSource:
-    """Initial weights by name, one tensor at a time; every rank draws the same numbers and keeps its part."""
-    last: dict[str, NDArray[np.float32]] = {}
-
-    def source(kind: str, name: str, start: int, length: int) -> NDArray[np.float32]:
-        assert kind == "weight", f"fresh {kind} is zero, nobody asks for it"
-        if name not in last:
-            last.clear()
-            last[name] = initial_weight(name, math.prod(engine.shapes[name]), cfg.model, cfg.run.seed)
-        return last[name][start : start + length]
-
-    return source
 
 
 def _state(cfg: TrainRoot, engine: Engine, data: OpenData, start: Start, *, position: int) -> dict[str, Any]:
@@ -267,7 +261,7 @@ def _state(cfg: TrainRoot, engine: Engine, data: OpenData, start: Start, *, posi
         "data_folder": str(next(iter(data.folders.values()))),
         "data_hash": start.data_hash,
         "tokenizer_fingerprint": data.manifest.tokenizer.fingerprint,
-        "world_size": engine.dp_size,
+        "world_size": dist.get_world_size(),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }

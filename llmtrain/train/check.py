@@ -6,7 +6,7 @@ Each check adds a message; none stops the others, so that one look tells all.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ from llmtrain.loader.config import ObjectiveKind
 from llmtrain.loader.open import OpenData, open_data
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.size import num_params
+from llmtrain.parallel.compatibility import Layout, describe, explain, warnings
+from llmtrain.parallel.config import EngineKind
+from llmtrain.parallel.deepspeed_keys import check_extra
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
-from llmtrain.train.config import Intent, Precision, TrainRoot
+from llmtrain.train.config import Intent, TrainRoot
+from llmtrain.train.deepspeed_config import our_keys
 from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from
 from llmtrain.units import format_bytes, format_count
 
@@ -90,15 +94,18 @@ class Findings:
             raise ConfigError("\n       ".join(self.problems))
 
 
-def check_train(cfg: TrainRoot, *, world_size: int | None, verify: bool = False) -> Findings:
+def check_train(
+    cfg: TrainRoot, *, world_size: int | None, device: str | None = None, verify: bool = False
+) -> Findings:
     """Check `cfg` against itself, the data folder, the run folder and the disk.
 
     Args:
         world_size: ranks that are there; None on a login node, where parallel.world_size speaks for them.
+        device: "cpu" or "cuda"; None on a login node.
         verify: whether to compare the hashes of the checkpoint's tensors, which takes as long as reading it.
     """
     found = Findings()
-    _check_ranks(cfg, world_size, found)
+    _check_layout(cfg, world_size, device, found)
     _check_positions(cfg, found)
     _check_schedule(cfg, found)
     data = _check_data(cfg, found)
@@ -107,40 +114,63 @@ def check_train(cfg: TrainRoot, *, world_size: int | None, verify: bool = False)
     return found
 
 
-def _check_ranks(cfg: TrainRoot, world_size: int | None, found: Findings) -> None:
-    expected = cfg.parallel.world_size
+def layout_of(cfg: TrainRoot, *, device: str | None) -> Layout:
+    """What the rules of parallel/compatibility.py look at. Its dp_size stands for any."""
+    parallel, train, model = cfg.parallel, cfg.train, cfg.model
+    return Layout(
+        engine=parallel.engine,
+        pp_size=parallel.pp_size,
+        dp_size=1,
+        cp_size=parallel.cp_size,
+        tp_size=parallel.tp_size,
+        zero_stage=parallel.zero_stage,
+        sequence_parallel=parallel.sequence_parallel,
+        context=parallel.context,
+        precision=train.precision.name,
+        optimizer="adamw",
+        device=device,
+        micro_batch_rows=train.micro_batch_rows,
+        rows_per_step=(*(stage.rows for stage in train.batch_ramp), train.global_batch_rows),
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        ffn_width=model.ffn_width,
+        vocab_size=model.vocab_size,
+        seq_len=cfg.data.seq_len,
+        tie_embeddings=model.tie_embeddings,
+    )
+
+
+def _check_layout(cfg: TrainRoot, world_size: int | None, device: str | None, found: Findings) -> None:
+    parallel, expected = cfg.parallel, cfg.parallel.world_size
     if world_size is not None and expected is not None and world_size != expected:
         found.problems.append(
             f"parallel.world_size={expected}, but {world_size} ranks were launched; launch {expected}, "
             f"or set parallel.world_size=null to take what comes"
         )
     ranks = world_size or expected
-    rows, micro = cfg.train.global_batch_rows, cfg.train.micro_batch_rows
-    named = {f"train.batch_ramp[{at}].rows": stage.rows for at, stage in enumerate(cfg.train.batch_ramp)}
-    named["train.global_batch_rows"] = rows
+    layout = layout_of(cfg, device=device)
+    broken = explain(layout, ranks)
+    found.problems += broken
+    found.problems += check_extra(parallel.deepspeed, our_keys(cfg.train, parallel))
+    if parallel.deepspeed and parallel.engine is not EngineKind.deepspeed:
+        found.warnings.append(f"parallel.deepspeed has no effect with parallel.engine={parallel.engine.name}")
     if ranks is None:
         found.facts.append("ranks: not known here; give parallel.world_size to check the batch against them")
-    elif uneven := [name for name, size in named.items() if size % (micro * ranks)]:
-        found.problems += [
-            f"{name}={named[name]} is not a multiple of train.micro_batch_rows * ranks = "
-            f"{micro} * {ranks} = {micro * ranks}; change one of them"
-            for name in uneven
-        ]
-    else:
-        accumulation = rows // (micro * ranks)
-        found.facts.append(
-            f"global batch {rows * cfg.data.seq_len:,} tokens = {micro} rows x {cfg.data.seq_len} x "
-            f"{accumulation} accumulation x {ranks} dp; {cfg.total_steps:,} steps = "
-            f"{cfg.total_rows * cfg.data.seq_len:,} tokens"
-        )
-        for start, size in zip(cfg.batch_sizes.starts, cfg.batch_sizes.sizes, strict=True):
-            if cfg.train.batch_ramp:
-                found.facts.append(f"batch ramp: {size:,} rows a step from row {start:,} on")
-    if cfg.train.precision is Precision.bf16 and cfg.parallel.zero_stage == 0:
-        found.problems.append(
-            "train.precision=bf16 with parallel.zero_stage=0: DeepSpeed's bf16 optimizer at stage 0 gives "
-            "wrong gradient norms; set parallel.zero_stage=1"
-        )
+    if ranks is None or broken:
+        return
+    layout = replace(layout, dp_size=ranks // (layout.pp_size * layout.cp_size * layout.tp_size))
+    found.warnings += warnings(layout)
+    found.facts.append(f"layout: {describe(layout)}")
+    rows, micro, dp = cfg.train.global_batch_rows, cfg.train.micro_batch_rows, layout.dp_size
+    found.facts.append(
+        f"global batch {rows * cfg.data.seq_len:,} tokens = {micro} rows x {cfg.data.seq_len} x "
+        f"{rows // (micro * dp)} accumulation x {dp} dp; {cfg.total_steps:,} steps = "
+        f"{cfg.total_rows * cfg.data.seq_len:,} tokens"
+    )
+    for start, size in zip(cfg.batch_sizes.starts, cfg.batch_sizes.sizes, strict=True):
+        if cfg.train.batch_ramp:
+            found.facts.append(f"batch ramp: {size:,} rows a step from row {start:,} on")
 
 
 def _check_positions(cfg: TrainRoot, found: Findings) -> None:

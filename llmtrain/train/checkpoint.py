@@ -75,6 +75,10 @@ class Piece:
     """1-D. May be empty: that says only that the tensor exists."""
 
 
+FlatSource = Callable[[str, str, int, int], np.ndarray[Any, Any]]
+"""(kind, parameter name, start, length) -> that part of the flattened logical tensor."""
+
+
 @dataclass(frozen=True)
 class _Stored:
     """Where a piece lies: `length` elements from `start` of its tensor, at byte `offset` of file `file`."""

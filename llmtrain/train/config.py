@@ -34,6 +34,9 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
+    """With a loss scale that follows overflows (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2).
+    Needs CUDA."""
 
 
 class ScheduleKind(Enum):
@@ -170,16 +173,29 @@ class TrainConfig:
             )
 
 
+class OptimizerKind(Enum):
+    """What updates the weights."""
+
+    adamw = "adamw"
+    """Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
+    muon = "muon"
+    """Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/) for the matrices of blocks, AdamW for
+    the rest. Its updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2),
+    so peak_lr and weight_decay are for both."""
+
+
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101)."""
-
     peak_lr: float
+    kind: OptimizerKind = OptimizerKind.adamw
     beta1: float = 0.9
+    """AdamW's, as are beta2 and eps: with muon, of embeddings, head, norms and biases."""
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
     """Applied to matrices only, never to norms and biases."""
+    momentum: float = 0.95
+    """Muon's, in Nesterov's form; no effect with adamw."""
 
     def __post_init__(self) -> None:
         if not (
@@ -189,7 +205,7 @@ class OptimizerConfig:
                 f"need finite optimizer.peak_lr > 0, optimizer.eps > 0 and optimizer.weight_decay >= 0, got "
                 f"{self.peak_lr}, {self.eps} and {self.weight_decay}"
             )
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be in [0, 1)")
 

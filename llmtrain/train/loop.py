@@ -23,6 +23,7 @@ from llmtrain.model.size import flops_per_token
 from llmtrain.tracking.recorder import Recorder
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.engine import Engine
+from llmtrain.train.ranks import agree
 from llmtrain.train.schedule import learning_rate
 from llmtrain.train.start_up import StartUp
 
@@ -96,8 +97,8 @@ def train(
         CheckpointError: a save that failed; earlier checkpoints are untouched.
         RankFailedError: a row that could not be read, or a metric that could not be written, on any rank.
     """
-    seq_len, sizes = cfg.data.seq_len, cfg.batch_sizes
-    device_flops = (cfg.train.device_peak_tflops or math.nan) * 1e12 * engine.dp_size
+    seq_len, sizes, groups = cfg.data.seq_len, cfg.batch_sizes, engine.placement.groups
+    device_flops = (cfg.train.device_peak_tflops or math.nan) * 1e12 * dist.get_world_size()
     token_flops = flops_per_token(cfg.model, seq_len, convention=MFU_CONVENTION)
     first_step = progress.step + 1
     last_saved = progress.step
@@ -112,7 +113,7 @@ def train(
             failure = error
         data_wait_s = time.perf_counter() - step_start
         wish = Agreement.failed if failure else Agreement.stop if stop.name else Agreement.go_on
-        agreed, tokens_hash = engine.agree(wish, data.tokens_hash)
+        agreed, tokens_hash = agree(groups, engine.device, level=wish, tokens_hash=data.tokens_hash)
         if agreed == Agreement.failed:
             raise RankFailedError(_whose_failure(failure))
         if agreed == Agreement.stop:
@@ -191,7 +192,8 @@ def _save(
 
 def _raise_together(engine: Engine, mine: LLMTrainError | None) -> None:
     """Raise RankFailedError on every rank if one has a failure."""
-    agreed, _ = engine.agree(Agreement.failed if mine else Agreement.go_on, 0)
+    level = Agreement.failed if mine else Agreement.go_on
+    agreed, _ = agree(engine.placement.groups, engine.device, level=level, tokens_hash=0)
     if agreed == Agreement.failed:
         raise RankFailedError(_whose_failure(mine))
 
@@ -224,8 +226,8 @@ def evaluate(
     batches = held_out_batches(
         held_out,
         micro_batch_rows=cfg.train.micro_batch_rows,
-        dp_rank=engine.rank,
-        dp_size=engine.dp_size,
+        dp_rank=engine.placement.groups.dp.rank,
+        dp_size=engine.placement.groups.dp.size,
         max_rows=cfg.train.eval_rows,
         on_failure=failures.append,
     )

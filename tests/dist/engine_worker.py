@@ -1,11 +1,12 @@
-"""One rank of test_engine_parity: train under every ZeRO stage asked for, print losses, norms and final
-weights."""
+"""One rank of the parity tests: train in every layout asked for, print losses, norms and final weights."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,30 @@ import torch.distributed as dist
 
 from llmtrain.loader.batches import Batch
 from llmtrain.model.config import Family, ModelConfig
-from llmtrain.model.init import build_transformer, initial_weight
-from llmtrain.model.transformer import Transformer
-from llmtrain.parallel.config import ParallelConfig
-from llmtrain.train.config import OptimizerConfig, Precision, RampConfig, TrainConfig
+from llmtrain.model.init import build_transformer
+from llmtrain.parallel.config import ContextKind, EngineKind, ParallelConfig
+from llmtrain.parallel.groups import build_groups
+from llmtrain.parallel.topology import Topology
+from llmtrain.train.config import OptimizerConfig, OptimizerKind, Precision, RampConfig, TrainConfig
+from llmtrain.train.engine import Engine
+from llmtrain.train.engines import open_engine
+from llmtrain.train.placement import fresh_weights, place
+from llmtrain.train.ranks import join_ranks
 
-SHAPE = {"vocab_size": 96, "num_layers": 2, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 80}
+SHAPE = {"vocab_size": 96, "num_layers": 4, "d_model": 32, "num_heads": 4, "num_kv_heads": 2, "ffn_width": 80}
 MODELS = {
     "llama": ModelConfig(**SHAPE),
     "gpt2": ModelConfig(**SHAPE, family=Family.gpt2, max_positions=24, tie_embeddings=True),
 }
 OPTIMIZER = OptimizerConfig(peak_lr=3e-3)
-SEQ_LEN, ROWS, STEPS, CLIP, SEED = 24, 8, 20, 0.5, 5
+MUON = OptimizerConfig(peak_lr=3e-3, kind=OptimizerKind.muon)
+SEQ_LEN, ROWS, STEPS, CLIP, SEED = 24, 8, 10, 0.5, 5
+RAMP_STEPS = 4
 
 
 def rows_of(step: int) -> int:
     """Rows of a step: a batch ramp, so that DeepSpeed meets two numbers of micro batches."""
-    return ROWS if step < 7 else 2 * ROWS
+    return ROWS if step < RAMP_STEPS else 2 * ROWS
 
 
 def batch_of(step: int, first: int, last: int) -> Batch:
@@ -58,11 +66,25 @@ def batch_of(step: int, first: int, last: int) -> Batch:
     )
 
 
-def reference(family: str) -> dict[str, list[float]]:
+def muon_update(gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
+    """Move `momentum`, and return what is subtracted per unit of rate: by singular values, in float64."""
+    momentum.mul_(0.95).add_(gradient)
+    left, values, right = torch.linalg.svd((gradient + 0.95 * momentum).double(), full_matrices=False)
+    values = values / (values.norm() + 1e-7)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    update = (left * values) @ right * 0.2 * max(gradient.shape) ** 0.5
+    return update.float()
+
+
+def reference(family: str, optimizer: str = "adamw") -> dict[str, list[float]]:
     """The same run in plain PyTorch: one process, one batch, nothing of ours but the model."""
     model = build_transformer(MODELS[family], seed=SEED)
+    muons = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    muons = muons if optimizer == "muon" else []
+    momenta = [torch.zeros_like(p) for p in muons]
     vectors = [p for p in model.parameters() if p.ndim == 1]
-    matrices = [p for p in model.parameters() if p.ndim == 2]
+    matrices = [p for p in model.parameters() if p.ndim == 2 and not any(p is muon for muon in muons)]
     adamw = torch.optim.AdamW(
         [
             {"params": matrices, "weight_decay": OPTIMIZER.weight_decay},
@@ -77,10 +99,14 @@ def reference(family: str) -> dict[str, list[float]]:
         batch = batch_of(step, 0, rows_of(step))
         logits = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten())
-        adamw.zero_grad()
+        model.zero_grad()
         loss.backward()
         grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
         adamw.step()
+        with torch.no_grad():
+            for weight, momentum in zip(muons, momenta, strict=True):
+                update = muon_update(weight.grad, momentum) + MUON.weight_decay * weight
+                weight -= MUON.peak_lr * update
         losses.append(loss.item())
     return {"loss": losses, "grad_norm": grad_norms, "checksum": checksums(dict(model.named_parameters()))}
 
@@ -93,47 +119,56 @@ def checksums(weights: dict[str, torch.Tensor]) -> list[float]:
     ]
 
 
-def run(family: str, stage: int, micro_rows: int, precision: Precision) -> dict[str, list[float]]:
-    from llmtrain.train.engine import Engine, build_context  # noqa: PLC0415  the reference needs no DeepSpeed
-
+def run(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Train as `case` says: family, micro (rows), precision, recompute, optimizer; the rest is
+    ParallelConfig's."""
+    case = dict(case)
+    optimizer = {"adamw": OPTIMIZER, "muon": MUON}[case.pop("optimizer", "adamw")]
+    family, micro_rows = case.pop("family"), case.pop("micro")
     train = TrainConfig(
         total_tokens=1,
         global_batch_rows=2 * ROWS,
-        batch_ramp=[RampConfig(until_tokens=7 * ROWS * SEQ_LEN, rows=ROWS)],
+        batch_ramp=[RampConfig(until_tokens=RAMP_STEPS * ROWS * SEQ_LEN, rows=ROWS)],
         micro_batch_rows=micro_rows,
         grad_clip=CLIP,
-        precision=precision,
+        precision=Precision[case.pop("precision", "fp32")],
+        recompute_every=case.pop("recompute", 0),
     )
-    parallel = ParallelConfig(zero_stage=stage)
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    with build_context(train, parallel, dp_size=num_ranks):
-        model = Transformer(MODELS[family])
-    model.recompute_every = int(family == "gpt2")
-    engine = Engine(model, device=torch.device("cpu"), train=train, parallel=parallel, optimizer=OPTIMIZER)
-
-    def fresh(kind: str, name: str, start: int, length: int) -> np.ndarray:
-        whole = initial_weight(name, int(np.prod(engine.shapes[name])), MODELS[family], SEED)
-        return whole[start : start + length]
-
-    engine.load(fresh)
+    case["context"] = ContextKind[case.pop("context", "heads")]
+    case["engine"] = EngineKind[case.pop("engine", "deepspeed")]
+    parallel = ParallelConfig(**case)
+    sizes = {"pp_size": parallel.pp_size, "cp_size": parallel.cp_size, "tp_size": parallel.tp_size}
+    groups = build_groups(Topology.of_world(dist.get_world_size(), **sizes))
+    placement = place(MODELS[family], parallel, groups, seq_len=SEQ_LEN)
+    engine = open_engine(placement, device=torch.device("cpu"), train=train, optimizer=optimizer)
+    engine.load(fresh_weights(placement, seed=SEED))
     losses, grad_norms = [], []
     for step in range(STEPS):
-        mine = np.linspace(0, rows_of(step), num_ranks + 1).astype(int)
-        edges = range(mine[rank], mine[rank + 1] + 1, micro_rows)
+        mine = np.linspace(0, rows_of(step), groups.dp.size + 1).astype(int)
+        edges = range(mine[groups.dp.rank], mine[groups.dp.rank + 1] + 1, micro_rows)
         result = engine.train_step(
             [batch_of(step, first, last) for first, last in pairwise(edges)], lr=OPTIMIZER.peak_lr
         )
         losses.append(result.loss)
         grad_norms.append(result.grad_norm)
-    return {"loss": losses, "grad_norm": grad_norms, "checksum": whole_checksums(engine)}
+    first = groups.dp.rank * micro_rows
+    held_out = [batch_of(step, first, first + micro_rows) for step in (98, 99)]
+    loss_sum, num_valid = engine.held_out_sums(iter(held_out))
+    return {
+        "loss": losses,
+        "grad_norm": grad_norms,
+        "checksum": whole_checksums(engine),
+        "held_out": [loss_sum, num_valid],
+    }
 
 
-def whole_checksums(engine: object) -> list[float]:
+def whole_checksums(engine: Engine) -> list[float]:
     """Put the pieces of all ranks together again."""
-    gathered: list[list[tuple[str, int, np.ndarray]]] = [[] for _ in range(dist.get_world_size())]
-    mine = [(p.name, p.start, p.values.copy()) for p in engine.pieces() if p.kind == "weight"]  # type: ignore[attr-defined]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    mine = [(p.name, p.start, p.values.copy()) for p in engine.pieces() if p.kind == "weight"]
     dist.all_gather_object(gathered, mine)
-    flat = {name: np.full(int(np.prod(shape)), np.nan, np.float32) for name, shape in engine.shapes.items()}  # type: ignore[attr-defined]
+    shapes = engine.placement.shapes
+    flat = {name: np.full(int(np.prod(shape)), np.nan, np.float32) for name, shape in shapes.items()}
     for pieces in gathered:
         for name, start, values in pieces:
             assert np.isnan(flat[name][start : start + len(values)]).all(), (
@@ -145,16 +180,11 @@ def whole_checksums(engine: object) -> list[float]:
 
 
 if __name__ == "__main__":
-    from llmtrain.train.engine import init_ranks
-
-    init_ranks(timeout_s=120)
-    cases = json.loads(sys.argv[1])
-    print(
-        json.dumps(
-            {
-                f"{family}/{stage}/{micro}/{kind}": run(family, stage, micro, Precision[kind])
-                for family, stage, micro, kind in cases
-            }
-        )
-    )
+    join_ranks(timeout_s=120)
+    results = {}
+    for name, case in json.loads(sys.argv[1]).items():
+        start = time.monotonic()
+        results[name] = run(case)
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    print(json.dumps(results))
     dist.destroy_process_group()

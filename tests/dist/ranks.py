@@ -45,6 +45,10 @@ def run_ranks(script: Path, *arguments: str, num_ranks: int, timeout_s: float = 
     finally:
         for process in processes:
             process.kill()
-    for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} exited with {process.returncode}:\n{errors[-4000:]}"
+    failed = [
+        f"rank {rank} exited with {process.returncode}:\n{errors[-4000:]}"
+        for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True))
+        if process.returncode
+    ]
+    assert not failed, "\n".join(failed)  # the first to fail is often not the first in number
     return [json.loads(output.splitlines()[-1]) for output, _ in outputs]

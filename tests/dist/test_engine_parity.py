@@ -1,4 +1,4 @@
-"""Any layout, the same numbers: every ZeRO stage on 1, 2 and 4 ranks against plain PyTorch in one process."""
+"""What the layouts' test leaves out: bf16, and one micro batch a step."""
 
 from __future__ import annotations
 
@@ -13,57 +13,45 @@ import pytest
 from ranks import run_ranks
 
 WORKER = Path(engine_worker.__file__)
-
-
-@cache
-def reference(family: str = "llama") -> dict[str, Any]:
-    return engine_worker.reference(family)
+BF16 = {
+    **{f"zero {stage}, 2 ranks": (2, {"zero_stage": stage}) for stage in (1, 2, 3)},
+    "tp 2, zero 2": (2, {"zero_stage": 2, "tp_size": 2, "sequence_parallel": True}),
+    "pp 2": (2, {"zero_stage": 1, "pp_size": 2}),
+    "cp 2": (2, {"zero_stage": 2, "cp_size": 2, "context": "sequence"}),
+    "one process": (1, {"zero_stage": 1}),
+}
 
 
 @cache
 def results(num_ranks: int) -> dict[str, Any]:
     """One start of `num_ranks` processes runs every case: DeepSpeed's import is most of the time."""
     rows = engine_worker.ROWS // num_ranks
-    cases = [("llama", stage, micro, "fp32") for stage in range(4) for micro in {rows, rows // 2}]
-    cases += [("llama", stage, rows, "bf16") for stage in (1, 2, 3)]
-    cases += [("gpt2", stage, rows // 2, "fp32") for stage in range(4)]
+    cases = {
+        name: {"family": "llama", "micro": 4, "precision": "bf16", **case}
+        for name, (ranks, case) in BF16.items()
+        if ranks == num_ranks
+    }
+    cases["one micro batch"] = {"family": "llama", "micro": rows, "zero_stage": 1}
+    cases = dict(sorted(cases.items(), key=lambda item: "pp" in item[0]))
     told: dict[str, Any] = run_ranks(WORKER, json.dumps(cases), num_ranks=num_ranks)[0]
     return told
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_zero_in_fp32_equals_plain_pytorch(num_ranks: int, stage: int, accumulation: int) -> None:
-    micro = engine_worker.ROWS // num_ranks // accumulation
-    told, expected = results(num_ranks)[f"llama/{stage}/{micro}/fp32"], reference()
-    np.testing.assert_allclose(told["loss"], expected["loss"], rtol=1e-5)
-    np.testing.assert_allclose(told["grad_norm"], expected["grad_norm"], rtol=1e-5)
-    # 20 AdamW updates amplify the order of fp32 sums where a gradient is near zero
-    np.testing.assert_allclose(told["checksum"], expected["checksum"], rtol=1e-4, atol=1e-3)
+@cache
+def reference() -> dict[str, Any]:
+    return engine_worker.reference("llama")
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_gpt2_with_tied_embeddings_and_recomputed_blocks_equals_plain_pytorch(
-    num_ranks: int, stage: int
-) -> None:
-    micro = engine_worker.ROWS // num_ranks // 2
-    told, expected = results(num_ranks)[f"gpt2/{stage}/{micro}/fp32"], reference("gpt2")
-    np.testing.assert_allclose(told["loss"], expected["loss"], rtol=1e-5)
-    np.testing.assert_allclose(told["grad_norm"], expected["grad_norm"], rtol=1e-5)
-    np.testing.assert_allclose(told["checksum"], expected["checksum"], rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_step_of_one_micro_batch_equals_plain_pytorch(num_ranks: int) -> None:
+    told = results(num_ranks)["one micro batch"]
+    np.testing.assert_allclose(told["loss"], reference()["loss"], rtol=2e-6)
+    np.testing.assert_allclose(told["grad_norm"], reference()["grad_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_in_bf16_stays_near_fp32(num_ranks: int, stage: int) -> None:
-    rows = engine_worker.ROWS // num_ranks
-    told = results(num_ranks)[f"llama/{stage}/{rows}/bf16"]
-    # bf16 keeps 8 bits: single losses of a 2-layer model differ by some 1e-3 (measured 5e-3 at most over 20
-    # steps)
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_stays_near_fp32(name: str) -> None:
+    told = results(BF16[name][0])[name]
+    # bf16 keeps 8 bits: single losses of a small model differ by some 1e-3 (measured 5e-3 at most)
     np.testing.assert_allclose(told["loss"], reference()["loss"], atol=2e-2)
-
-
-def test_clipping_is_at_work_in_the_reference() -> None:
-    assert max(reference()["grad_norm"]) > engine_worker.CLIP, "the parity cases would not see a wrong norm"
+    np.testing.assert_allclose(told["grad_norm"], reference()["grad_norm"], rtol=3e-2)

@@ -111,7 +111,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     forkserver._forkserver._stop()  # one that other tests have started knows nothing of torch
     slow_to_import = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
     multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["llmtrain.train.assemble", *slow_to_import]
+        ["llmtrain.train.assemble", "llmtrain.train.deepspeed_engine", *slow_to_import]
     )
     launcher = Launcher(tmp_path_factory.mktemp("output"))
     yield launcher

@@ -51,7 +51,7 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         ("train.total_tokenz=5", "did you mean 'train.total_tokens'?"),
         ("+optimizer.peek_lr=5", "did you mean 'optimizer.peak_lr'?"),
         ("model=demmo", "did you mean 'demo'?"),
-        ("train.precision=fp8", "train.precision: Invalid value 'fp8', expected one of [fp32, bf16]"),
+        ("train.precision=fp8", "train.precision: Invalid value 'fp8', expected one of [fp32, bf16, fp16]"),
         (
             "train.total_tokens=many",
             "train.total_tokens: Value 'many' of type 'str' could not be converted to Integer",
@@ -62,7 +62,7 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
             "train.micro_batch_rows=3",
             "train.global_batch_rows=8 is not a multiple of train.micro_batch_rows=3",
         ),
-        ("parallel.world_size=3", "train.micro_batch_rows * ranks = 2 * 3 = 6; change one of them"),
+        ("parallel.world_size=3", "not a multiple of train.micro_batch_rows * dp = 2 * 3 = 6"),
         ("parallel.zero_stage=4", "parallel.zero_stage=4 must be 0, 1, 2 or 3"),
         ("model.vocab_size=63", "model.vocab_size=63 is smaller than the vocabulary of the tokenizer"),
         ("data.seq_len=64", "no pack of split 'train' has seq_len=64; there are [32]"),

@@ -1,0 +1,311 @@
+"""The one place that drives DeepSpeed: a step, held-out sums, and the training state in layout-free pieces.
+
+What DeepSpeed 0.19.8 does and this file relies on, each held by a test that runs it:
+
+* Gradients are divided by gradient_accumulation_steps and by the data-parallel size (dp x cp). A micro
+  batch's loss sum is scaled by their product over the step's valid targets, so the gradient is that of one
+  global mean.
+* At ZeRO 1-2 a parameter's `_hp_mapping` names the piece of it that this rank's flat fp32 partition holds;
+  at ZeRO-3 every rank holds the same share of every parameter, padded at the end.
+* The fp32 master weights are made from the low-precision ones at `initialize`. They are overwritten here,
+  so a bf16 run starts from, and resumes with, full-precision weights.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import AdamW
+
+from llmtrain.loader.batches import Batch
+from llmtrain.model.transformer import Transformer
+from llmtrain.parallel.mpu import Mpu
+from llmtrain.train.checkpoint import FlatSource, Piece
+from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
+from llmtrain.train.deepspeed_config import deepspeed_config
+from llmtrain.train.engine import StepResult, even_share
+from llmtrain.train.muon import Held, Muon
+from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
+from llmtrain.train.placement import Placement
+from llmtrain.train.ranks import sum_once
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # read when deepspeed is imported; its own guess needs packages
+
+import deepspeed
+import deepspeed.ops
+import deepspeed.runtime.zero.muon.muon_optimizer  # `initialize` would import it, and torch._dynamo with it
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+WORKING_DTYPES = {
+    Precision.fp32: torch.float32,
+    Precision.bf16: torch.bfloat16,
+    Precision.fp16: torch.float16,
+}
+
+
+def join_deepspeed(device: torch.device) -> None:
+    """Let DeepSpeed use the process group that is there."""
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed: not the user's affair.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", module="torch.distributed")
+    if device.type == "cpu":
+        # Without this DeepSpeed compiles a shared-memory all-reduce with g++ at the first start of every
+        # machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed refuses to start without it
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+
+
+class DeepSpeedEngine:
+    """ZeRO 0-3 over the data ranks, tensor and context parallelism inside the model."""
+
+    def __init__(
+        self, placement: Placement, *, device: torch.device, train: TrainConfig, optimizer: OptimizerConfig
+    ) -> None:
+        self.device = device
+        self.placement = placement
+        self.groups = placement.groups
+        self.data = placement.groups.data
+        self.zero_stage = placement.parallel.zero_stage
+        self.num_optimizer_steps = 0
+        self.optimizer_kind = optimizer.kind
+        self.state_kinds = all_state_kinds(optimizer.kind)
+        join_deepspeed(device)
+        self.mpu = Mpu(self.groups)
+        config = deepspeed_config(train, placement.parallel, dp_size=self.data.size)
+        self._engine, self._optimizer = self._initialize(config, train, optimizer)
+        self._parameters: dict[str, Any] = self._named_parameters()
+        if isinstance(self._torch_optimizer, Muon):
+            self._torch_optimizer.attach(self._held(), self.groups, placement.shapes)
+
+    def _initialize(
+        self, config: dict[str, Any], train: TrainConfig, optimizer: OptimizerConfig
+    ) -> tuple[Any, Any]:
+        with self._build_context(config, train):
+            model = self.placement.build()
+        self._fit_out(model, train)
+        engine, wrapped, *_ = deepspeed.initialize(
+            model=model, optimizer=build_optimizer(model, optimizer), config=config, mpu=self.mpu
+        )
+        return engine, wrapped
+
+    def _build_context(self, config: dict[str, Any], train: TrainConfig) -> AbstractContextManager[Any]:
+        """At ZeRO-3 every weight is split as soon as it exists."""
+        if self.zero_stage < 3:
+            return torch.device("meta")
+        dtype = WORKING_DTYPES[train.precision]
+        context: AbstractContextManager[Any] = deepspeed.zero.Init(
+            config_dict_or_path=config,
+            dtype=dtype,
+            mpu=self.mpu,
+            data_parallel_group=self.mpu.get_data_parallel_group(),
+        )
+        return context
+
+    def _fit_out(self, model: Transformer, train: TrainConfig) -> None:
+        """Give a model on the meta device memory, and everything that has to be said before `initialize`."""
+        model.recompute_every = train.recompute_every
+        if self.zero_stage < 3:
+            model.to_empty(device=self.device)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()  # DeepSpeed compares and broadcasts before `load` fills them
+        self.placement.prepare(model)
+
+    def _named_parameters(self) -> dict[str, Any]:
+        """By canonical name. Any: DeepSpeed hangs attributes of its own on parameters."""
+        return dict(self._engine.module.named_parameters())
+
+    # -- the step
+
+    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+        """One optimizer update from this rank's micro batches."""
+        gas = self._engine.gradient_accumulation_steps()  # what DeepSpeed divides by, however many there are
+        mine = [self.placement.cut(batch) for batch in micro_batches]
+        (num_valid,) = self._sum(sum(batch.num_valid for batch in mine))
+        divisor = max(1.0, num_valid)  # a step of padding only has no gradient, and is no division by zero
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.train()
+        loss_sum, norm = self._run_micro_batches(mine, scale=gas * self.data.size / divisor)
+        self.num_optimizer_steps += 1
+        (loss_sum,) = self._sum(loss_sum)
+        return StepResult(loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid))
+
+    def _run_micro_batches(self, micro_batches: list[Batch], *, scale: float) -> tuple[float, float]:
+        """Forward, backward and update; this rank's loss sum, and the global norm of the gradient."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = math.nan
+        for number, batch in enumerate(micro_batches, start=1):
+            at_boundary = number == len(micro_batches)
+            # ZeRO-1/2 silently keep only the last micro batch when the boundary is off by one, and
+            # DeepSpeed's own count knows one number of micro batches.
+            self._engine.set_gradient_accumulation_boundary(at_boundary)
+            micro_loss_sum = self._loss_sum(batch)
+            loss_sum += micro_loss_sum.detach()
+            self._engine.backward(micro_loss_sum * scale)
+            if at_boundary and self.zero_stage == 0:
+                norm = self._full_gradient_norm()  # DeepSpeed has none at stage 0
+            self._engine.step()
+        if self.zero_stage > 0:
+            norm = float(self._engine.get_global_grad_norm())
+        return float(loss_sum), norm
+
+    @torch.no_grad()
+    def held_out_sums(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """Loss sum in nats and number of targets over all ranks. Every rank brings as many batches."""
+        self._engine.eval()
+        loss_sum, num_valid = 0.0, 0
+        for batch in map(self.placement.cut, batches):
+            loss_sum += float(self._loss_sum(batch))
+            num_valid += batch.num_valid
+        loss_sum, total_valid = self._sum(loss_sum, num_valid)
+        return loss_sum, int(total_valid)
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        on_device = batch.to(self.device)
+        loss_sum: Tensor = self._engine(
+            on_device.tokens_BS, on_device.positions_BS, on_device.segments_BS, on_device.targets_BS
+        )
+        return loss_sum
+
+    def _sum(self, *values: float) -> list[float]:
+        return sum_once(self.groups, self.device, *values)
+
+    def _full_gradient_norm(self) -> float:
+        """Over all tp ranks, each element once."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None and self.placement.part(name).copy == 0:
+                squares += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2
+        if self.groups.tp.group is not None:
+            dist.all_reduce(squares, group=self.groups.tp.group)
+        return math.sqrt(float(squares))
+
+    # -- the state
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank owns of weights and optimizer state: over all ranks, every element exactly once."""
+        for kind in ("weight", *self.state_kinds):
+            for name, start, held in self._fragments(kind):
+                if not self.placement.answers_for(name):
+                    continue
+                values = held
+                if self.zero_stage == 0:  # every data rank holds everything, and answers for an equal share
+                    begin, end = even_share(held.numel(), self.data.rank, self.data.size)
+                    start, values = start + begin, held[begin:end]
+                if values.numel():
+                    array = values.float().cpu().numpy()
+                    shape = self.placement.shapes[name]
+                    yield Piece(kind=kind, name=name, shape=shape, start=start, values=array)
+
+    def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
+        """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
+        `source`."""
+        kinds = ("weight", *self.state_kinds) if num_optimizer_steps else ("weight",)
+        self._torch_state.clear()  # some of DeepSpeed's optimizers have taken a step on zeros by now
+        if num_optimizer_steps:
+            self._create_optimizer_state(num_optimizer_steps)
+        for kind in kinds:
+            for name, start, held in self._fragments(kind):
+                held.copy_(torch.from_numpy(source(kind, name, start, held.numel())))
+        self.num_optimizer_steps = num_optimizer_steps
+        self._masters_to_working_weights()
+
+    @torch.no_grad()
+    def _fragments(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, offset in the flattened whole tensor, 1-D fp32 view) of what this rank holds of `kind`."""
+        if self.zero_stage < 3:
+            for each in self._held():
+                if kind == "weight" or kind in state_kinds(each.name, self.optimizer_kind):
+                    # Not through _hp_mapping: DeepSpeed links the optimizer's state after the first group's
+                    # first step, when the second group has none yet, and never again.
+                    flat = each.master if kind == "weight" else self._torch_state[each.master][kind]
+                    yield each.name, each.start, each.of(flat.detach(), each.start, each.end)
+            return
+        for name, parameter in self._parameters.items():
+            share = parameter.partition_numel()
+            first = min(parameter.ds_numel, self.data.rank * share)
+            last = min(parameter.ds_numel, first + share)  # the last ranks' shares are padded
+            held = (
+                safe_get_local_fp32_param(parameter)
+                if kind == "weight"
+                else safe_get_local_optimizer_state(parameter, kind)
+            )
+            if first < last:
+                yield name, self.placement.offset(name) + first, held.detach().view(-1)[: last - first]
+
+    def _held(self) -> Iterator[Held]:
+        """Where the optimizer finds what this rank holds of each weight, below ZeRO-3."""
+        for name, parameter in self._parameters.items():
+            offset = self.placement.offset(name)
+            if self.zero_stage == 0:
+                yield Held(name, offset, parameter.numel(), parameter, 0)
+            elif parameter._hp_mapping is not None:
+                mapping = parameter._hp_mapping
+                at = mapping.get_hp_fragment_address()
+                start = offset + mapping.lp_fragment_address.start
+                yield Held(name, start, at.numel, self._masters[mapping.param_group_index], at.start)
+
+    @property
+    def _masters(self) -> list[Tensor]:
+        """The tensors that the optimizer updates: this rank's flat fp32 partitions, but at stage 0."""
+        if self.zero_stage == 0:
+            return list(self._parameters.values())
+        if self.zero_stage == 3:
+            masters: list[Tensor] = self._optimizer.fp32_partitioned_groups_flat
+        elif self._is_bf16_optimizer:
+            masters = self._optimizer.fp32_groups_flat_partition
+        else:
+            masters = self._optimizer.single_partition_of_fp32_groups
+        return masters
+
+    @property
+    def _is_bf16_optimizer(self) -> bool:
+        """bf16 with fp32 accumulation at ZeRO-1 has a class of its own."""
+        return hasattr(self._optimizer, "fp32_groups_flat_partition")
+
+    @property
+    def _torch_optimizer(self) -> AdamW | Muon:
+        wrapped: AdamW | Muon = self._optimizer if self.zero_stage == 0 else self._optimizer.optimizer
+        return wrapped
+
+    @property
+    def _torch_state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The optimizer's own state, by master."""
+        state: dict[Tensor, dict[str, Tensor]] = self._torch_optimizer.state
+        return state
+
+    def _create_optimizer_state(self, num_optimizer_steps: int) -> None:
+        """Give the optimizer the state that it would otherwise create at its first step, to be filled by
+        `load`."""
+        held = self._held() if self.zero_stage < 3 else ()
+        kinds = {each.master: state_kinds(each.name, self.optimizer_kind) for each in held}
+        for master in self._masters:
+            # A master that is all padding may have any.
+            state = {kind: torch.zeros_like(master) for kind in kinds.get(master, self.state_kinds)}
+            steps = torch.tensor(float(num_optimizer_steps), dtype=torch.float32, device=master.device)
+            self._torch_state[master] = {"step": steps, **state}
+
+    @torch.no_grad()
+    def _masters_to_working_weights(self) -> None:
+        """Copy fp32 masters into the weights of the forward pass, on every rank that needs them."""
+        if self.zero_stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.zero_stage == 3:
+            for parameter in self._parameters.values():
+                held = safe_get_local_fp32_param(parameter)
+                parameter.ds_tensor.copy_(held.view(-1))
+            if persistent := self._optimizer.persistent_parameters:  # small ones that are never split
+                persistent[0].partition(persistent)
+                persistent[0].all_gather(persistent)

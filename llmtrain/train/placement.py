@@ -1,0 +1,144 @@
+"""What this rank holds of the model, how its layers talk with other ranks', and which tokens it sees."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from llmtrain.loader.batches import Batch
+from llmtrain.loader.dataset import NO_TARGET
+from llmtrain.model.attend import attend
+from llmtrain.model.config import ModelConfig
+from llmtrain.model.init import initial_weight
+from llmtrain.model.partition import Part, Unit, local_config, part_of, unit_of
+from llmtrain.model.seams import Seams
+from llmtrain.model.size import block_costs
+from llmtrain.model.transformer import Span, Transformer
+from llmtrain.parallel import context, tensor
+from llmtrain.parallel.balance import balanced_cuts
+from llmtrain.parallel.config import ContextKind, ParallelConfig
+from llmtrain.parallel.groups import Axis, Groups, split_axis
+from llmtrain.parallel.mpu import mark_for_norm
+from llmtrain.parallel.vocab_loss import vocab_parallel_sum_cross_entropy
+from llmtrain.train.checkpoint import FlatSource
+
+
+def place(model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, seq_len: int) -> Placement:
+    """Every rank calls this, in the same order as every other collective.
+
+    Args:
+        seq_len: Enters the cost of a block, by which pipeline stages are cut.
+    """
+    with torch.device("meta"):
+        shapes = {name: tuple(weight.shape) for name, weight in Transformer(model).named_parameters()}
+    tp_size, pp = groups.tp.size, groups.pp
+    num_kv_parts = min(model.num_kv_heads, tp_size)
+    costs = block_costs(model, seq_len=seq_len)
+    cuts = balanced_cuts(costs, pp.size)
+    span = Span(cuts[pp.rank], cuts[pp.rank + 1], model.num_layers)
+    return Placement(groups, parallel, model, span, shapes, split_axis(groups.tp, tp_size // num_kv_parts))
+
+
+def fresh_weights(placement: Placement, *, seed: int) -> FlatSource:
+    """Initial weights by name, one tensor at a time; every rank draws the same numbers and keeps its part."""
+    last: dict[str, NDArray[np.float32]] = {}
+
+    def source(kind: str, name: str, start: int, length: int) -> NDArray[np.float32]:
+        assert kind == "weight", f"fresh {kind} is zero, nobody asks for it"
+        if name not in last:
+            last.clear()
+            last[name] = initial_weight(name, math.prod(placement.shapes[name]), placement.model, seed)
+        return last[name][start : start + length]
+
+    return source
+
+
+@dataclass(frozen=True)
+class Placement:
+    groups: Groups
+    parallel: ParallelConfig
+    model: ModelConfig
+    """The whole model."""
+    span: Span
+    """The blocks of this rank's pipeline stage."""
+    shapes: dict[str, tuple[int, ...]]
+    """Canonical name -> shape of the whole weight: every weight of the model, here or not."""
+
+    kv_copies: Axis
+    """The tp ranks that hold the same key/value heads as this one."""
+
+    def build(self) -> Transformer:
+        """This rank's part, in the caller's device context."""
+        local = local_config(self.model, tp_size=self.groups.tp.size)
+        return Transformer(local, seams=self.seams(), span=self.span)
+
+    def seams(self) -> Seams:
+        """What the layers call where ranks have to talk."""
+        tp, cp = self.groups.tp, self.groups.cp
+        seams = Seams()
+        if tp.size > 1:
+            is_split = self.parallel.sequence_parallel
+            seams = replace(
+                seams,
+                embed=partial(tensor.embed, axis=tp, sequence_parallel=is_split),
+                own_positions=partial(tensor.own_positions, axis=tp, sequence_parallel=is_split),
+                enter=partial(tensor.enter, axis=tp, sequence_parallel=is_split),
+                leave=partial(tensor.leave, axis=tp, sequence_parallel=is_split),
+                loss=partial(vocab_parallel_sum_cross_entropy, axis=tp),
+            )
+        if cp.size > 1 and self.parallel.context is ContextKind.heads:
+            seams = replace(seams, attend=partial(context.attend_over_heads, axis=cp, attend=attend))
+        elif cp.size > 1:
+            seams = replace(
+                seams,
+                mask=partial(context.own_mask, axis=cp),
+                attend=partial(context.attend_over_sequence, axis=cp),
+            )
+        return seams
+
+    def part(self, name: str) -> Part:
+        return part_of(name, self.model, tp_rank=self.groups.tp.rank, tp_size=self.groups.tp.size)
+
+    def offset(self, name: str) -> int:
+        """Where this rank's weight begins in the flattened whole one."""
+        return self.part(name).range_of(math.prod(self.shapes[name]))[0]
+
+    def answers_for(self, name: str) -> bool:
+        """Whether a checkpoint takes this weight from this tp rank and pipeline stage."""
+        is_second_tied = name == "embedding.weight" and not self.span.has_embedding
+        return self.part(name).copy == 0 and not is_second_tied
+
+    def prepare(self, model: nn.Module) -> None:
+        """Once the weights have memory: what DeepSpeed's norm counts, and which gradients are sums."""
+        tp = self.groups.tp
+        if tp.group is None:
+            return
+        for name, parameter in model.named_parameters():
+            part = self.part(name)
+            mark_for_norm(parameter, counts_here=part.copy == 0)
+            if unit_of(name) is Unit.whole:
+                if self.parallel.sequence_parallel:  # each rank used it on its own positions
+                    tensor.sum_gradient(parameter, tp)
+            elif part.num_copies > 1:  # each rank used it for its own query heads
+                tensor.sum_gradient(parameter, self.kv_copies)
+
+    def cut(self, batch: Batch) -> Batch:
+        """The positions of a batch's rows that this rank works on. `segments_BS` stays that of whole rows."""
+        cp = self.groups.cp
+        if cp.size == 1:
+            return batch
+        own = partial(context.own_positions, axis=cp, zigzag=self.parallel.context is ContextKind.sequence)
+        targets_BS = own(batch.targets_BS)
+        return replace(
+            batch,
+            tokens_BS=own(batch.tokens_BS),
+            targets_BS=targets_BS,
+            positions_BS=own(batch.positions_BS),
+            num_valid=int((targets_BS != NO_TARGET).sum()),
+        )

@@ -1,0 +1,160 @@
+"""Any layout, the same numbers: every legal layout of up to four ranks against plain PyTorch in one process.
+
+`make test` runs a sample in which every pair of settings that is legal together occurs; `make test-all` runs
+all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import engine_worker
+import numpy as np
+import pytest
+from ranks import run_ranks
+
+from llmtrain.parallel.compatibility import Layout, problems
+from llmtrain.parallel.config import ContextKind, EngineKind
+
+WORKER = Path(engine_worker.__file__)
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "family": ("llama", "gpt2"),
+    "engine": ("deepspeed", "accelerate"),
+    "pp_size": (1, 2, 4),
+    "dp_size": (1, 2, 4),
+    "cp_size": (1, 2),
+    "tp_size": (1, 2, 4),
+    "zero_stage": (0, 1, 2, 3),
+    "context": ("heads", "sequence"),
+    "sequence_parallel": (False, True),
+}
+Case = dict[str, Any]
+
+
+def all_legal() -> list[Case]:
+    found = []
+    for values in itertools.product(*SETTINGS.values()):
+        case = dict(zip(SETTINGS, values, strict=True))
+        if num_ranks(case) > 4:
+            continue
+        if (case["cp_size"] == 1 and case["context"] != "heads") or (
+            case["tp_size"] == 1 and case["sequence_parallel"]
+        ):
+            continue  # a setting without effect
+        if not problems(layout_of(case)):
+            found.append(case)
+    return found
+
+
+def num_ranks(case: Case) -> int:
+    return int(np.prod([case[f"{axis}_size"] for axis in ("pp", "dp", "cp", "tp")]))
+
+
+def micro_rows(case: Case) -> int:
+    return engine_worker.ROWS // case["dp_size"] // 2
+
+
+def layout_of(case: Case) -> Layout:
+    model = engine_worker.MODELS[case["family"]]
+    sizes = {key: value for key, value in case.items() if key not in ("family", "engine", "context")}
+    return Layout(
+        **sizes,
+        engine=EngineKind[case["engine"]],
+        context=ContextKind[case["context"]],
+        precision="fp32",
+        optimizer="adamw",
+        device="cpu",
+        micro_batch_rows=micro_rows(case),
+        rows_per_step=(engine_worker.ROWS, 2 * engine_worker.ROWS),
+        seq_len=engine_worker.SEQ_LEN,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        ffn_width=model.ffn_width,
+        vocab_size=model.vocab_size,
+        tie_embeddings=model.tie_embeddings,
+    )
+
+
+def pairs(case: Case) -> set[tuple[str, Any, str, Any]]:
+    return {(one, case[one], other, case[other]) for one, other in itertools.combinations(SETTINGS, 2)}
+
+
+def covering(cases: list[Case]) -> list[Case]:
+    """Few cases in which every pair of settings that occurs in `cases` occurs. Greedy, cheapest first."""
+    missing: set[tuple[str, Any, str, Any]] = set().union(*map(pairs, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: (len(pairs(case) & missing), -num_ranks(case)))
+        missing -= pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def name_of(case: Case) -> str:
+    axes = "-".join(
+        f"{axis}{case[f'{axis}_size']}" for axis in ("pp", "dp", "cp", "tp") if case[f"{axis}_size"] > 1
+    )
+    extras = "-sp" * case["sequence_parallel"] + "-ring" * (case["context"] == "sequence")
+    return f"{case['family']}-{case['engine']}-{axes or 'one'}-zero{case['zero_stage']}{extras}"
+
+
+ALL = {name_of(case): case for case in all_legal()}
+SAMPLE = {name_of(case): case for case in covering(list(ALL.values()))}
+REST = {name: case for name, case in ALL.items() if name not in SAMPLE}
+
+
+def worker_case(case: Case) -> Case:
+    """As engine_worker takes it; gpt2 computes every other block again."""
+    told = {key: value for key, value in case.items() if key != "dp_size"}
+    return {**told, "micro": micro_rows(case), "recompute": 2 * int(case["family"] == "gpt2")}
+
+
+@cache
+def results(which: str, ranks: int) -> dict[str, Any]:
+    """One start of the ranks runs every case of one size: DeepSpeed's import is most of the time."""
+    cases = {"sample": SAMPLE, "rest": REST}[which]
+    # Pipelines last: ZeRO-3 counts modules over the whole process, and stages build different numbers of them.
+    ordered = sorted(cases, key=lambda name: cases[name]["pp_size"] > 1)
+    mine = {name: worker_case(cases[name]) for name in ordered if num_ranks(cases[name]) == ranks}
+    told: dict[str, Any] = run_ranks(WORKER, json.dumps(mine), num_ranks=ranks, timeout_s=3000)[0]
+    return told
+
+
+@cache
+def reference(family: str) -> dict[str, Any]:
+    return engine_worker.reference(family)
+
+
+def compare(which: str, name: str) -> None:
+    case = ALL[name]
+    told, expected = results(which, num_ranks(case))[name], reference(case["family"])
+    np.testing.assert_allclose(told["loss"], expected["loss"], rtol=2e-6)
+    np.testing.assert_allclose(told["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    # 10 AdamW updates amplify the order of fp32 sums where a gradient is near zero
+    np.testing.assert_allclose(told["checksum"], expected["checksum"], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_layout_of_the_sample_equals_plain_pytorch(name: str) -> None:
+    compare("sample", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_every_other_legal_layout_equals_plain_pytorch(name: str) -> None:
+    compare("rest", name)
+
+
+def test_the_sample_holds_every_legal_pair_of_settings() -> None:
+    assert set().union(*map(pairs, ALL.values())) == set().union(*map(pairs, SAMPLE.values()))
+    assert len(SAMPLE) < len(ALL) / 3
+
+
+def test_clipping_is_at_work_in_the_reference() -> None:
+    norms = reference("llama")["grad_norm"] + reference("gpt2")["grad_norm"]
+    assert max(norms) > engine_worker.CLIP, "the parity cases would not see a wrong norm"
