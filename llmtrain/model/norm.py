@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        if x_BSD.is_cuda:
+        if x_BSD.is_cuda or torch.compiler.is_compiling():
             return F.rms_norm(x_BSD, self.weight.shape, self.weight, self.eps)
         out_BSD: Tensor = _RMSNormOnCPU.apply(x_BSD, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return out_BSD

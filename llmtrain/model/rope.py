@@ -29,6 +29,9 @@ def rotation(positions_BS: Tensor, *, width: int, theta: float, dtype: torch.dty
 
 def rotate(x_BSHK: Tensor, by: Rotation) -> Tensor:
     """Turn every head of `x_BSHK` by its position's angles."""
+    if torch.compiler.is_compiling():  # it fuses the plain words, and stumbles over `out`
+        first, second = x_BSHK.chunk(2, dim=-1)
+        return torch.cat((first * by.cos - second * by.sin, second * by.cos + first * by.sin), dim=-1)
     turned: Tensor = _Rotate.apply(x_BSHK, by.cos, by.sin)  # type: ignore[no-untyped-call]
     return turned
 

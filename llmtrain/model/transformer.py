@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from llmtrain.model.attend import additive, visible_after
 from llmtrain.model.attention import KVCache
@@ -53,6 +55,8 @@ class Transformer(nn.Module):
         self.recompute_every = 0
         """Of so many blocks the first keeps its input alone, and computes the rest again in the backward pass
         (Chen et al. 2016, arXiv:1604.06174). 1: all of them; 0: none."""
+        self.recompute_contexts: Callable[[], Any] = noop_context_fn
+        """`recompute.selective` keeps matrix products in those blocks, too."""
         self.embedding = self.position_embedding = self.final_norm = self.head = None
         if span.has_embedding or (span.has_head and cfg.tie_embeddings):
             self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
@@ -123,8 +127,12 @@ class Transformer(nn.Module):
             index = self.span.first + number
             if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 assert cache is None, "a cache is for generation, which has no backward pass"
-                x_BSD = checkpoint(  # nothing in a block is random
-                    block, x_BSD, turn, mask, is_causal, use_reentrant=False, preserve_rng_state=False
+                x_BSD = checkpoint(
+                    block,
+                    *(x_BSD, turn, mask, is_causal),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing in a block is random
+                    context_fn=self.recompute_contexts,
                 )
             else:
                 x_BSD = block(x_BSD, turn, mask, is_causal, None if cache is None else cache.layers[index])

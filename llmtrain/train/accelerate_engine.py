@@ -50,8 +50,9 @@ from llmtrain.model.transformer import Transformer
 from llmtrain.train.checkpoint import FlatSource, Piece
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
 from llmtrain.train.engine import StepResult, even_share
-from llmtrain.train.optimizer import build_optimizer
-from llmtrain.train.placement import Placement
+from llmtrain.train.muon import Held, Muon
+from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
+from llmtrain.train.placement import Placement, compile_blocks
 from llmtrain.train.ranks import sum_once
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,6 @@ WORKING_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 class AccelerateEngine:
     """Data and context parallelism, with or without splitting the state over their ranks."""
-
-    state_kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self, placement: Placement, *, device: torch.device, train: TrainConfig, optimizer: OptimizerConfig
@@ -76,6 +75,8 @@ class AccelerateEngine:
         self.groups = groups
         self.data = groups.data
         self.num_optimizer_steps = 0
+        self.optimizer_kind = optimizer.kind
+        self.state_kinds = all_state_kinds(optimizer.kind)
         self.is_split = placement.parallel.zero_stage >= 2
         """Whether each rank keeps its rows of every weight alone."""
         self._grad_clip = train.grad_clip
@@ -85,8 +86,15 @@ class AccelerateEngine:
             self._accelerator = _open_accelerator(placement.parallel.zero_stage, device, train.precision)
         self._model = self._build(train)
         self._wrapped: Any = self._give_memory()
+        if train.compile_blocks:
+            compile_blocks(self._model)
         self._parameters = dict(self._model.named_parameters())
-        self._optimizer: Any = self._accelerator.prepare_optimizer(build_optimizer(self._model, optimizer))
+        bare = build_optimizer(self._model, optimizer)
+        self._optimizer: Any = self._accelerator.prepare_optimizer(bare)
+        if isinstance(bare, Muon):
+            assert not self.is_split, "the rules of parallel/compatibility.py let this pass"
+            whole = [Held(name, 0, weight.numel(), weight, 0) for name, weight in self._parameters.items()]
+            bare.attach(whole, self.groups, placement.shapes)  # each rank works on some matrices for all
         assert self._accelerator.is_fsdp2 == self.is_split, f"Accelerate sees {self._accelerator.state}"
 
     def _build(self, train: TrainConfig) -> Transformer:
@@ -95,9 +103,7 @@ class AccelerateEngine:
         if train.precision is not Precision.fp32 and not self.is_split:
             seams = _narrow(seams, WORKING_DTYPES[train.precision], self.device.type)
         with torch.device("meta"):
-            model = Transformer(self.placement.model, seams=seams, span=self.placement.span)
-        model.recompute_every = train.recompute_every
-        return model
+            return self.placement.build(train, seams=seams)
 
     def _give_memory(self) -> Any:
         """Split or wrap the model; of one that is split, the whole never exists.
@@ -208,9 +214,10 @@ class AccelerateEngine:
         self.num_optimizer_steps = num_optimizer_steps
 
     def _create_optimizer_state(self, num_optimizer_steps: int) -> None:
-        """Give AdamW the state that it would otherwise create at its first step, to be filled by `load`."""
-        for weight in self._parameters.values():
-            state = {kind: torch.zeros_like(weight) for kind in self.state_kinds}
+        """Give the optimizer the state that it would otherwise create at its first step, to be filled by
+        `load`."""
+        for name, weight in self._parameters.items():
+            state = {kind: torch.zeros_like(weight) for kind in state_kinds(name, self.optimizer_kind)}
             steps = torch.tensor(float(num_optimizer_steps), dtype=torch.float32, device=self.device)
             self._optimizer.state[weight] = {"step": steps, **state}
 
@@ -218,6 +225,8 @@ class AccelerateEngine:
     def _fragments(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
         """(name, offset in the flattened whole tensor, 1-D fp32 view) of what this rank holds of `kind`."""
         for name, weight in self._parameters.items():
+            if kind != "weight" and kind not in state_kinds(name, self.optimizer_kind):
+                continue
             whole = weight if kind == "weight" else self._optimizer.state[weight][kind]
             first_row = 0
             if self.is_split:  # as `torch.chunk` does it

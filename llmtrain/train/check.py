@@ -37,9 +37,6 @@ only."""
 FIXED_BY_CHECKPOINT = ("model", "run.seed", "data.seq_len")
 """Settings that a resume may not change: the weights' shapes, and the order of the rows."""
 
-ADDED_SINCE = {"model.family": "llama", "model.max_positions": None, "schedule.decay_shape": "linear"}
-"""Settings that checkpoints of earlier versions do not have, and what was so then."""
-
 FREE_AT_RESUME = (
     "check_only",
     "run.intent",
@@ -60,9 +57,11 @@ FREE_AT_RESUME = (
     "data.prefetch_steps",
     "data.accept_changed",
     "tracking",
+    "verify",
     "parallel",
     "train.micro_batch_rows",
     "train.recompute_every",
+    "train.recompute",
     "train.keep_checkpoints",
     "train.save_every_steps",
     "train.eval_every_steps",
@@ -127,7 +126,7 @@ def layout_of(cfg: TrainRoot, *, device: str | None) -> Layout:
         sequence_parallel=parallel.sequence_parallel,
         context=parallel.context,
         precision=train.precision.name,
-        optimizer="adamw",
+        optimizer=cfg.optimizer.kind.name,
         device=device,
         micro_batch_rows=train.micro_batch_rows,
         rows_per_step=(*(stage.rows for stage in train.batch_ramp), train.global_batch_rows),
@@ -342,7 +341,7 @@ def _check_warm_start(
 
 def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[list[str], list[str]]:
     """(changes that a resume refuses, changes that it allows and reports), each a sentence."""
-    old, new = ADDED_SINCE | _flatten(reader.state["config"]), _flatten(files.plain(cfg))
+    old, new = _flatten(reader.state["config"]), _flatten(files.plain(cfg))
     fixed, changed = [], []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)

@@ -39,6 +39,16 @@ class Precision(Enum):
     Needs CUDA."""
 
 
+class Recompute(Enum):
+    """What the blocks of train.recompute_every compute again."""
+
+    full = "full"
+    """Everything: the least memory, a third more FLOPs."""
+    selective = "selective"
+    """All but matrix products and attention: hardly any FLOPs (Korthikanti et al. 2022, arXiv:2205.05198,
+    section 5)."""
+
+
 class ScheduleKind(Enum):
     """The learning rate after warm-up."""
 
@@ -109,8 +119,12 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     recompute_every: int = 0
     """Activation checkpointing: of so many blocks the first keeps its input alone, and is computed again in
-    the backward pass. 1: every block, for the least memory and a third more FLOPs; 0: none. Changes no
-    number."""
+    the backward pass. 1: every block; 0: none. Changes no number."""
+    recompute: Recompute = Recompute.full
+    """No effect at recompute_every=0."""
+    compile_blocks: bool = False
+    """Whether to compile each block with torch.compile: minutes at the start, faster steps on GPUs. Changes
+    the order of sums, so losses differ in the last digits."""
     grad_clip: float = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     eval_every_steps: int = 0
@@ -244,6 +258,37 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True)
+class VerifyConfig:
+    """What `llmtrain verify` runs, and what `llmtrain train` asks of the certificate that it writes."""
+
+    ranks: int | None = None
+    """Ranks of the run that is meant; null: parallel.world_size, else those of the launch."""
+    max_ranks: int = 8
+    """Most processes that `verify` starts; a larger layout is made smaller first."""
+    num_steps: int = 3
+    """Optimizer updates, at least 2: one to look at, one after a reload."""
+    timeout_s: float = 300.0
+    """How long the ranks may take together."""
+    folder: str | None = None
+    """Where certificate.json is written; null: run.folder."""
+    certificate: str | None = None
+    """The certificate.json that `train` looks at; null: the one in run.folder."""
+    required: bool = False
+    """Whether `train` refuses to start without a passing certificate for its config; else it warns."""
+
+    def __post_init__(self) -> None:
+        if (self.ranks is not None and self.ranks < 1) or self.max_ranks < 1 or self.timeout_s <= 0:
+            raise ConfigError(
+                f"verify.ranks={self.ranks} and verify.max_ranks={self.max_ranks} must be at least 1, and "
+                f"verify.timeout_s={self.timeout_s} above 0"
+            )
+        if self.num_steps < 2:
+            raise ConfigError(
+                f"verify.num_steps={self.num_steps} must be at least 2: the last one follows a reload"
+            )
+
+
+@dataclass(kw_only=True)
 class TrainRoot:
     """Everything `llmtrain train` can be told. conf/train.yaml says what of it differs from the defaults."""
 
@@ -255,6 +300,7 @@ class TrainRoot:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     check_only: bool = False
     """Find every mistake that can be found without ranks, say them all, and start nothing."""
 

@@ -34,7 +34,7 @@ from llmtrain.train.deepspeed_config import deepspeed_config
 from llmtrain.train.engine import StepResult, even_share
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
-from llmtrain.train.placement import Placement
+from llmtrain.train.placement import Placement, compile_blocks
 from llmtrain.train.ranks import sum_once
 
 if not torch.cuda.is_available():
@@ -92,11 +92,13 @@ class DeepSpeedEngine:
         self, config: dict[str, Any], train: TrainConfig, optimizer: OptimizerConfig
     ) -> tuple[Any, Any]:
         with self._build_context(config, train):
-            model = self.placement.build()
-        self._fit_out(model, train)
+            model = self.placement.build(train)
+        self._fit_out(model)
         engine, wrapped, *_ = deepspeed.initialize(
             model=model, optimizer=build_optimizer(model, optimizer), config=config, mpu=self.mpu
         )
+        if train.compile_blocks:
+            compile_blocks(model)
         return engine, wrapped
 
     def _build_context(self, config: dict[str, Any], train: TrainConfig) -> AbstractContextManager[Any]:
@@ -112,9 +114,8 @@ class DeepSpeedEngine:
         )
         return context
 
-    def _fit_out(self, model: Transformer, train: TrainConfig) -> None:
+    def _fit_out(self, model: Transformer) -> None:
         """Give a model on the meta device memory, and everything that has to be said before `initialize`."""
-        model.recompute_every = train.recompute_every
         if self.zero_stage < 3:
             model.to_empty(device=self.device)
             with torch.no_grad():

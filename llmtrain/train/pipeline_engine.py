@@ -27,6 +27,7 @@ from llmtrain.parallel.topology import Topology
 from llmtrain.train.config import OptimizerConfig, TrainConfig
 from llmtrain.train.deepspeed_engine import DeepSpeedEngine
 from llmtrain.train.optimizer import build_optimizer
+from llmtrain.train.placement import compile_blocks
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -94,8 +95,8 @@ class PipelineEngine(DeepSpeedEngine):
         self, config: dict[str, Any], train: TrainConfig, optimizer: OptimizerConfig
     ) -> tuple[Any, Any]:
         with torch.device("meta"):
-            model = self.placement.build()
-        self._fit_out(model, train)
+            model = self.placement.build(train)
+        self._fit_out(model)
         self._stage = _Stage(model)
         self._shape: torch.Size | None = None
         topology = self.groups.topology
@@ -104,6 +105,8 @@ class PipelineEngine(DeepSpeedEngine):
         engine, wrapped, *_ = deepspeed.initialize(
             model=stages, optimizer=build_optimizer(model, optimizer), config=config
         )
+        if train.compile_blocks:
+            compile_blocks(model)
         return engine, wrapped
 
     def _named_parameters(self) -> dict[str, Any]:

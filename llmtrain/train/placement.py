@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from llmtrain.loader.batches import Batch
 from llmtrain.loader.dataset import NO_TARGET
+from llmtrain.model import recompute
 from llmtrain.model.attend import attend
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import initial_weight
@@ -27,6 +29,7 @@ from llmtrain.parallel.groups import Axis, Groups, split_axis
 from llmtrain.parallel.mpu import mark_for_norm
 from llmtrain.parallel.vocab_loss import vocab_parallel_sum_cross_entropy
 from llmtrain.train.checkpoint import FlatSource
+from llmtrain.train.config import Recompute, TrainConfig
 
 
 def place(model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, seq_len: int) -> Placement:
@@ -43,6 +46,12 @@ def place(model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, seq_l
     cuts = balanced_cuts(costs, pp.size)
     span = Span(cuts[pp.rank], cuts[pp.rank + 1], model.num_layers)
     return Placement(groups, parallel, model, span, shapes, split_axis(groups.tp, tp_size // num_kv_parts))
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Once the engine has wrapped the model: at ZeRO-3 DeepSpeed does not take one that is compiled."""
+    for block in model.blocks.values():
+        block.compile(dynamic=False)
 
 
 def fresh_weights(placement: Placement, *, seed: int) -> FlatSource:
@@ -73,10 +82,25 @@ class Placement:
     kv_copies: Axis
     """The tp ranks that hold the same key/value heads as this one."""
 
-    def build(self) -> Transformer:
-        """This rank's part, in the caller's device context."""
+    def build(self, train: TrainConfig, *, seams: Seams | None = None) -> Transformer:
+        """This rank's part, in the caller's device context.
+
+        Args:
+            seams: in place of `seams()`.
+        """
         local = local_config(self.model, tp_size=self.groups.tp.size)
-        return Transformer(local, seams=self.seams(), span=self.span)
+        seams = seams or self.seams()
+        if train.compile_blocks:  # what talks is left out: the compiler does not know process groups
+            alone = Seams()
+            ours = {each.name: getattr(seams, each.name) for each in fields(Seams)}
+            talking = {name: call for name, call in ours.items() if call is not getattr(alone, name)}
+            quiet: Any = torch.compiler.disable
+            seams = replace(seams, **{name: quiet(call) for name, call in talking.items()})
+        model = Transformer(local, seams=seams, span=self.span)
+        model.recompute_every = train.recompute_every
+        if train.recompute is Recompute.selective:
+            model.recompute_contexts = recompute.selective
+        return model
 
     def seams(self) -> Seams:
         """What the layers call where ranks have to talk."""

@@ -18,7 +18,14 @@ from llmtrain.model.init import build_transformer
 from llmtrain.parallel.config import ContextKind, EngineKind, ParallelConfig
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
-from llmtrain.train.config import OptimizerConfig, OptimizerKind, Precision, RampConfig, TrainConfig
+from llmtrain.train.config import (
+    OptimizerConfig,
+    OptimizerKind,
+    Precision,
+    RampConfig,
+    Recompute,
+    TrainConfig,
+)
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
 from llmtrain.train.placement import fresh_weights, place
@@ -133,6 +140,8 @@ def run(case: dict[str, Any]) -> dict[str, list[float]]:
         grad_clip=CLIP,
         precision=Precision[case.pop("precision", "fp32")],
         recompute_every=case.pop("recompute", 0),
+        recompute=Recompute[case.pop("recompute_what", "full")],
+        compile_blocks=case.pop("compile", False),
     )
     case["context"] = ContextKind[case.pop("context", "heads")]
     case["engine"] = EngineKind[case.pop("engine", "deepspeed")]

@@ -20,8 +20,8 @@ STAGES = (0, 2, 3)
 
 
 @cache
-def reference(family: str) -> dict[str, Any]:
-    return engine_worker.reference(family)
+def reference(family: str, optimizer: str = "adamw") -> dict[str, Any]:
+    return engine_worker.reference(family, optimizer)
 
 
 @cache
@@ -34,6 +34,7 @@ def results(num_ranks: int) -> dict[str, Any]:
         # 2 micro batches a step, and 4 after the ramp; at one row on 4 ranks, as many as rows
         cases[f"gpt2 {stage}"] = shared | {"family": "gpt2", "micro": shared["micro"] // 2, "recompute": 2}
         cases[f"bf16 {stage}"] = shared | {"family": "llama", "precision": "bf16"}
+    cases["muon 0"] = cases["llama 0"] | {"optimizer": "muon"}
     if num_ranks > 1:
         shared = {"engine": "accelerate", "cp_size": 2, "micro": engine_worker.ROWS // (num_ranks // 2)}
         for context in ("heads", "sequence"):
@@ -50,8 +51,7 @@ def results(num_ranks: int) -> dict[str, Any]:
     return told
 
 
-def assert_equal(told: dict[str, Any], family: str) -> None:
-    expected = reference(family)
+def assert_equal(told: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(told["loss"], expected["loss"], rtol=2e-6)
     np.testing.assert_allclose(told["grad_norm"], expected["grad_norm"], rtol=1e-5)
     # AdamW's first updates amplify the order of fp32 sums where a gradient is near zero
@@ -63,14 +63,19 @@ def assert_equal(told: dict[str, Any], family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_number_of_ranks_equals_plain_pytorch(num_ranks: int, stage: int, family: str) -> None:
     """gpt2 with a tied embedding and every second block recomputed."""
-    assert_equal(results(num_ranks)[f"{family} {stage}"], family)
+    assert_equal(results(num_ranks)[f"{family} {stage}"], reference(family))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("context", ["heads", "sequence"])
 def test_context_parallelism_equals_plain_pytorch(num_ranks: int, stage: int, context: str) -> None:
-    assert_equal(results(num_ranks)[f"{context} {stage}"], "llama")
+    assert_equal(results(num_ranks)[f"{context} {stage}"], reference("llama"))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_muon_under_ddp_equals_plain_pytorch(num_ranks: int) -> None:
+    assert_equal(results(num_ranks)["muon 0"], reference("llama", "muon"))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -88,7 +93,7 @@ def test_bf16_stays_near_fp32(num_ranks: int, case: str) -> None:
 def test_held_out_sums_are_those_of_one_process(num_ranks: int) -> None:
     expected = results(1)["llama 0"]["held_out"]
     for case, told in results(num_ranks).items():
-        if not case.startswith(("gpt2", "bf16")):
+        if not case.startswith(("gpt2", "bf16", "muon")):
             assert told["held_out"] == pytest.approx(expected, rel=1e-5), case
 
 

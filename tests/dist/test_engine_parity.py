@@ -1,4 +1,4 @@
-"""What the layouts' test leaves out: bf16, and one micro batch a step."""
+"""What the layouts' test leaves out: bf16, one micro batch a step, compiled blocks."""
 
 from __future__ import annotations
 
@@ -55,3 +55,29 @@ def test_bf16_stays_near_fp32(name: str) -> None:
     # bf16 keeps 8 bits: single losses of a small model differ by some 1e-3 (measured 5e-3 at most)
     np.testing.assert_allclose(told["loss"], reference()["loss"], atol=2e-2)
     np.testing.assert_allclose(told["grad_norm"], reference()["grad_norm"], rtol=3e-2)
+
+
+COMPILED: dict[str, dict[str, Any]] = {
+    "zero 1": {"zero_stage": 1},
+    "zero 3, computed again": {"zero_stage": 3, "recompute": 1},
+    "tp 2": {"family": "gpt2", "zero_stage": 1, "tp_size": 2, "sequence_parallel": True},
+    "accelerate, zero 3": {"zero_stage": 3, "engine": "accelerate"},
+    "pp 2, products kept": {
+        "zero_stage": 1,
+        "pp_size": 2,
+        "recompute": 1,
+        "recompute_what": "selective",
+    },
+}
+
+
+@pytest.mark.slow
+def test_compiled_blocks_equal_plain_pytorch() -> None:
+    cases = {
+        name: {"family": "llama", "micro": 4, "compile": True, **case} for name, case in COMPILED.items()
+    }
+    results = run_ranks(WORKER, json.dumps(cases), num_ranks=2, timeout_s=900)[0]
+    for name, case in cases.items():
+        expected = engine_worker.reference(case["family"])
+        np.testing.assert_allclose(results[name]["loss"], expected["loss"], rtol=2e-6, err_msg=name)
+        np.testing.assert_allclose(results[name]["grad_norm"], expected["grad_norm"], rtol=1e-5, err_msg=name)

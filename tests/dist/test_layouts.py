@@ -118,7 +118,7 @@ def worker_case(case: Case) -> Case:
 def results(which: str, ranks: int) -> dict[str, Any]:
     """One start of the ranks runs every case of one size: DeepSpeed's import is most of the time."""
     cases = {"sample": SAMPLE, "rest": REST}[which]
-    # Pipelines last: ZeRO-3 counts modules over the whole process, and stages build different numbers of them.
+    # Pipelines last: ZeRO-3 counts the modules of a process, and stages build different numbers of them.
     ordered = sorted(cases, key=lambda name: cases[name]["pp_size"] > 1)
     mine = {name: worker_case(cases[name]) for name in ordered if num_ranks(cases[name]) == ranks}
     told: dict[str, Any] = run_ranks(WORKER, json.dumps(mine), num_ranks=ranks, timeout_s=3000)[0]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import noop_context_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer, init_weights
 from llmtrain.model.loss import NO_TARGET, sum_cross_entropy
+from llmtrain.model.recompute import selective
 from llmtrain.model.transformer import Transformer
 
 SHAPES = {
@@ -123,6 +129,37 @@ def test_computing_blocks_again_changes_no_bit_and_keeps_less(shape: dict, every
     assert kept_again <= kept_plain * (1 - 1 / every)
     with torch.no_grad():
         assert torch.equal(model(tokens, positions, segments, targets_BS=tokens), plain["loss"])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_selective_recomputation_changes_no_bit_and_repeats_no_product(shape: dict) -> None:
+    model = build_transformer(config(**shape), seed=0)
+    tokens, positions, segments = packed_row([13, 9, 20])
+
+    def measured(every: int, contexts: Callable[[], Any]) -> tuple[dict[str, Tensor], int, int]:
+        """Gradients, FLOPs, and bytes kept by autograd itself between the passes."""
+        model.recompute_every, model.recompute_contexts = every, contexts
+        model.zero_grad()
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with FlopCounterMode(display=False) as flops:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = model(tokens, positions, segments, targets_BS=tokens)
+            loss.backward()
+        grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+        return grads, flops.get_total_flops(), sum(kept.values())
+
+    plain, plain_flops, plain_bytes = measured(0, noop_context_fn)
+    _, full_flops, _ = measured(1, noop_context_fn)
+    chosen, chosen_flops, chosen_bytes = measured(1, selective)
+    for name, value in plain.items():
+        assert torch.equal(value, chosen[name]), name
+    assert plain_flops == chosen_flops < full_flops
+    assert chosen_bytes < plain_bytes
 
 
 def test_parameter_names_are_the_canonical_ones() -> None:
