@@ -106,6 +106,15 @@ def _fp16_off_cuda(layout: Layout) -> str | None:
     )
 
 
+def _accelerate_with_fp16(layout: Layout) -> str | None:
+    if layout.precision != "fp16":
+        return None
+    return (
+        "train.precision=fp16 with parallel.engine=accelerate: only DeepSpeed scales the loss here; set "
+        "train.precision=bf16 or parallel.engine=deepspeed"
+    )
+
+
 def _muon_at_zero_3(layout: Layout) -> str | None:
     if layout.optimizer != "muon" or layout.zero_stage != 3:
         return None
@@ -336,12 +345,11 @@ RULES: tuple[Rule, ...] = (
         find=_accelerate_at_zero_1,
     ),
     Rule(
-        name="accelerate_fp16_off_cuda",
-        reason="Accelerate raises 'fp16 mixed precision requires a device in ...' on a CPU (accelerator.py "
-        "of 1.15.0).",
+        name="accelerate_with_fp16",
+        reason="The loss scale is DeepSpeed's: this package has none of its own for Accelerate.",
         kind="combination",
         engine=EngineKind.accelerate,
-        find=_fp16_off_cuda,
+        find=_accelerate_with_fp16,
     ),
     Rule(
         name="accelerate_with_muon",

@@ -121,10 +121,11 @@ BROKEN = {  # rule -> layouts that break it and no other, each with its message
         )
         for optimizer in ("adamw", "muon")
     ],
-    "accelerate_fp16_off_cuda": [
+    "accelerate_with_fp16": [
         (
-            {**ACCELERATE, "precision": "fp16"},
-            "train.precision=fp16 on cpu: fp16 is for CUDA devices; set train.precision=bf16 or fp32",
+            {**ACCELERATE, "precision": "fp16", "device": "cuda"},
+            "train.precision=fp16 with parallel.engine=accelerate: only DeepSpeed scales the loss here; set "
+            "train.precision=bf16 or parallel.engine=deepspeed",
         )
     ],
     "accelerate_with_muon": [
