@@ -8,8 +8,8 @@ What Accelerate 1.15 and torch 2.13 do and this file relies on, each held by a t
 
 * DDP and FSDP2 average gradients over their ranks. A micro batch's loss sum is scaled by their number over
   the step's valid targets, so the gradient is that of one global mean.
-* Gradients of micro batches are added up in fp32. Under DDP they travel once a step. Under FSDP2 they do after
-  every micro batch, so that a rank keeps no more of them than its part.
+* Gradients of micro batches are added up in fp32. Under DDP they travel once a step. Under FSDP2 they do
+  after every micro batch, so that a rank keeps no more of them than its part.
 * `Accelerator.prepare` tells parameters apart by their addresses, which are all 0 on the meta device: an
   optimizer given to it with a model that has no memory yet comes back with one parameter many times. So the
   model is split first, and the optimizer made of what this rank then holds.

@@ -33,8 +33,10 @@ from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
 from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, train
+from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
+from llmtrain.train.roll_call import RollCall
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
 
@@ -64,12 +66,13 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         config_text: The resolved config as YAML, saved with the run.
         command: What the user typed, saved with the run.
     """
-    device = join_ranks(timeout_s=cfg.train.process_group_timeout_s)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    start_up.mark("ranks")
-    stop = StopSignal()
-    folder = RunFolder(Path(cfg.run.folder))
     with ExitStack() as stack:
+        roll_call = stack.enter_context(RollCall(silence_s=cfg.train.start_up_silence_s))
+        device = join_ranks(timeout_s=cfg.train.process_group_timeout_s)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        start_up.mark("ranks")
+        stop = StopSignal()
+        folder = RunFolder(Path(cfg.run.folder))
         stack.callback(_leave_ranks)
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size, device=device.type))
         if start is None:
@@ -181,7 +184,19 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             )
 
         try:
-            train(cfg, engine, batches, data.held_out, progress, recorder, ledger, save, stop, start_up)
+            train(
+                cfg,
+                engine,
+                batches,
+                data.held_out,
+                progress,
+                recorder,
+                ledger,
+                save,
+                stop,
+                start_up,
+                roll_call,
+            )
         except LLMTrainError:  # every rank has it
             if rank != 0:
                 sys.exit(EXIT_FAILED)  # rank 0 says why
@@ -237,8 +252,13 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
         return Progress(step=0, position=0)
     reader = CheckpointReader(Path(start.checkpoint))
     is_resume = cfg.run.intent is not Intent.warm_start
-    kinds = ("weight", *engine.state_kinds) if is_resume else ("weight",)
-    reader.require(engine.placement.shapes, kinds=kinds)
+    for kind in ("weight", *engine.state_kinds) if is_resume else ("weight",):
+        shapes = {
+            name: shape
+            for name, shape in engine.placement.shapes.items()
+            if kind == "weight" or kind in state_kinds(name, cfg.optimizer.kind)
+        }
+        reader.require(shapes, kinds=[kind])
     if not is_resume:
         engine.load(reader.read_flat)
         return Progress(step=0, position=0)

@@ -67,6 +67,7 @@ FREE_AT_RESUME = (
     "train.eval_every_steps",
     "train.eval_rows",
     "train.process_group_timeout_s",
+    "train.start_up_silence_s",
     "train.device_peak_tflops",
     "train.device_peak_source",
 )

@@ -137,6 +137,9 @@ class TrainConfig:
     """Newest checkpoints that stay; the last verified one is never deleted."""
     process_group_timeout_s: float = 600.0
     """How long a rank waits for the others in a collective before it gives up."""
+    start_up_silence_s: float = 25.0
+    """A rank that is not heard for so long before the first step is named, and the run ends; 0: wait for
+    process_group_timeout_s without a word."""
     device_peak_tflops: float | None = None
     """Peak of one device in this precision, dense; null leaves MFU out. `llmtrain bench peak` measures a
     CPU's."""
@@ -178,8 +181,11 @@ class TrainConfig:
                     f"train.batch_ramp: rows={stage.rows} is not a positive multiple of "
                     f"train.micro_batch_rows={self.micro_batch_rows}; every micro batch must be full"
                 )
-        if self.process_group_timeout_s <= 0:
-            raise ConfigError(f"train.process_group_timeout_s={self.process_group_timeout_s} must be above 0")
+        if self.process_group_timeout_s <= 0 or self.start_up_silence_s < 0:
+            raise ConfigError(
+                f"need train.process_group_timeout_s={self.process_group_timeout_s} above 0 and "
+                f"train.start_up_silence_s={self.start_up_silence_s} at least 0"
+            )
         if (self.device_peak_tflops is None) != (self.device_peak_source is None):
             raise ConfigError(
                 f"train.device_peak_tflops={self.device_peak_tflops} and "

@@ -24,6 +24,7 @@ from llmtrain.tracking.recorder import Recorder
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.engine import Engine
 from llmtrain.train.ranks import agree
+from llmtrain.train.roll_call import RollCall
 from llmtrain.train.schedule import learning_rate
 from llmtrain.train.start_up import StartUp
 
@@ -85,6 +86,7 @@ def train(
     save: SaveFunction,
     stop: StopSignal,
     start_up: StartUp,
+    roll_call: RollCall,
 ) -> None:
     """Run from `progress` until train.total_tokens are consumed, or a rank has a stop signal or an error.
 
@@ -158,6 +160,7 @@ def train(
         )
         if progress.step == first_step:
             start_up.mark("first step")
+            roll_call.end()
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
         done = progress.position * seq_len >= cfg.train.total_tokens

@@ -30,7 +30,7 @@ TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_bat
         ({"grad_clip": float("nan")}, "train.grad_clip=nan must be finite and not negative"),
         ({"eval_rows": 0}, "train.eval_rows=0 must be at least 1, or null for all"),
         ({"recompute_every": -1}, "train.recompute_every=-1 must be 0"),
-        ({"process_group_timeout_s": 0.0}, "train.process_group_timeout_s=0.0 must be above 0"),
+        ({"process_group_timeout_s": 0.0}, "need train.process_group_timeout_s=0.0 above 0"),
         ({"device_peak_tflops": 1.0}, "give both, or neither"),
         (
             {"batch_ramp": [RampConfig(until_tokens=9, rows=2), RampConfig(until_tokens=9, rows=4)]},
