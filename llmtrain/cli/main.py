@@ -12,6 +12,7 @@ VERBS = {
     "data": "raw text to shards of tokens: scan, decide, tokenize, pack",
     "plan": "a compute budget to a model size, a token count and an experiment YAML",
     "train": "train, or resume, or with check_only=true find every mistake first",
+    "verify": "a small copy of a training config on its layout against one process: same numbers?",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
     "replay": "a step of a past run through the model again: the loss of each document",

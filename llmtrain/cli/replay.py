@@ -137,6 +137,8 @@ def replay(cfg: ReplayRoot) -> Replayed:
             "the weights are those of step %d, not of step %d%s: losses differ from what the run recorded",
             *(reader.step, cfg.step - 1, seen),
         )
+    if root.train.dropout:
+        log.warning("the run dropped %g of its activations; nothing is dropped here", root.train.dropout)
     is_whole = len(places) == step.last + 1 - step.first
     rows = list(_losses(model, past, traced(past, places), quiet=cfg.format is OutputFormat.json))
     num_targets = sum(row.num_targets for row in rows)

@@ -50,6 +50,8 @@ class Batch:
     """Targets that count."""
     rows: npt.NDArray[np.int64]
     """Row numbers in the pack, or NO_ROW."""
+    places: npt.NDArray[np.int64] | None = None
+    """Of the rows in the run, from 0; None for rows outside of one, such as held-out ones."""
 
     def pinned(self) -> Batch:
         """The same batch in memory that a GPU copies from while it computes."""
@@ -165,7 +167,8 @@ class Batches:
         for number, part in enumerate(rows.reshape(-1, self.micro_batch_rows)):
             block = self.rows.read_many(part)
             total += hash_rows(first + number * self.micro_batch_rows, block.tokens)
-            batch = to_batch(block, part)
+            start = first + number * self.micro_batch_rows
+            batch = replace(to_batch(block, part), places=np.arange(start, start + self.micro_batch_rows))
             micro_batches.append(batch.pinned() if self.pin_memory else batch)
         return StepBatches(micro_batches, total & MASK_64)
 

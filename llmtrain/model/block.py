@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from llmtrain.model.attention import Attention, LayerCache
 from llmtrain.model.config import ModelConfig
+from llmtrain.model.dropout import at_site, drop
 from llmtrain.model.mlp import MLP
 from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import Rotation
@@ -27,7 +28,11 @@ class Block(nn.Module):
         mask: Tensor | None,
         is_causal: bool,
         cache: LayerCache | None = None,
+        keys_BS: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), turn, mask, is_causal, cache)
-        out_BSD: Tensor = x_BSD + self.mlp(self.mlp_norm(x_BSD))
-        return out_BSD
+        """`keys_BS` and `dropout` as in `dropout.drop`; None drops nothing."""
+        added_BSD = self.attention(self.attention_norm(x_BSD), turn, mask, is_causal, cache)
+        x_BSD = x_BSD + drop(added_BSD, keys_BS, dropout)
+        added_BSD = self.mlp(self.mlp_norm(x_BSD))
+        return x_BSD + drop(added_BSD, None if keys_BS is None else at_site(keys_BS, 1), dropout)

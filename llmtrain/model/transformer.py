@@ -15,6 +15,7 @@ from llmtrain.model.attend import additive, visible_after
 from llmtrain.model.attention import KVCache
 from llmtrain.model.block import Block
 from llmtrain.model.config import ModelConfig
+from llmtrain.model.dropout import at_site, drop
 from llmtrain.model.norm import build_norm
 from llmtrain.model.rope import rotation
 from llmtrain.model.seams import Seams
@@ -57,6 +58,8 @@ class Transformer(nn.Module):
         (Chen et al. 2016, arXiv:1604.06174). 1: all of them; 0: none."""
         self.recompute_contexts: Callable[[], Any] = noop_context_fn
         """`recompute.selective` keeps matrix products in those blocks, too."""
+        self.dropout = 0.0
+        """Where `forward` is given keys."""
         self.embedding = self.position_embedding = self.final_norm = self.head = None
         if span.has_embedding or (span.has_head and cfg.tie_embeddings):
             self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
@@ -82,6 +85,7 @@ class Transformer(nn.Module):
         positions_BS: Tensor,
         segments_BS: Tensor | None = None,
         targets_BS: Tensor | None = None,
+        keys_BS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Return logits_BSV, or with targets the summed cross entropy. For a whole model.
@@ -92,24 +96,34 @@ class Transformer(nn.Module):
             segments_BS: equal numbers mark the tokens of one document; None when every row is one document.
                 Of whole rows, also where `seams` have cut the others along S.
             targets_BS: the next token of each token, or -100 where there is none.
+            keys_BS: of dropout (`dropout.token_keys`); without effect in evaluation.
             cache: keys and values of the tokens before these; this call's are added to it.
 
         Returns:
             Logits in the weights' dtype; or the sum over all valid targets, in nats, as an fp32 scalar.
         """
-        x_BSD = self.embed(tokens_BS, positions_BS)
-        x_BSD = self.run_blocks(x_BSD, positions_BS, segments_BS, cache)
+        x_BSD = self.embed(tokens_BS, positions_BS, keys_BS)
+        x_BSD = self.run_blocks(x_BSD, positions_BS, segments_BS, keys_BS, cache)
         return self.read_out(x_BSD, targets_BS)
 
-    def embed(self, tokens_BS: Tensor, positions_BS: Tensor) -> Tensor:
+    def embed(self, tokens_BS: Tensor, positions_BS: Tensor, keys_BS: Tensor | None = None) -> Tensor:
         assert self.embedding is not None, "the first span has it"
         x_BSD = self.seams.embed(tokens_BS, self.embedding.weight)
         if self.position_embedding is not None:
             x_BSD = x_BSD + self.position_embedding(self.seams.own_positions(positions_BS))
-        return x_BSD
+        return drop(x_BSD, self._own(keys_BS), self.dropout)
+
+    def _own(self, keys_BS: Tensor | None) -> Tensor | None:
+        drops = keys_BS is not None and self.dropout > 0 and self.training
+        return self.seams.own_positions(keys_BS) if drops and keys_BS is not None else None
 
     def run_blocks(
-        self, x_BSD: Tensor, positions_BS: Tensor, segments_BS: Tensor | None, cache: KVCache | None = None
+        self,
+        x_BSD: Tensor,
+        positions_BS: Tensor,
+        segments_BS: Tensor | None,
+        keys_BS: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         assert cache is None or segments_BS is None, "a cache holds one document a row: it takes no segments"
         cfg, dtype = self.cfg, x_BSD.dtype
@@ -123,19 +137,22 @@ class Transformer(nn.Module):
             visible = visible_after(cache.length, positions_BS.shape[1], positions_BS.device)
             mask = None if visible is None else additive(visible, dtype)
         is_causal = segments_BS is None and (cache is None or cache.length == 0)
+        keys_BS = self._own(keys_BS)
         for number, block in enumerate(self.blocks.values()):
             index = self.span.first + number
+            dropping = (None if keys_BS is None else at_site(keys_BS, 2 * index + 2), self.dropout)
             if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 assert cache is None, "a cache is for generation, which has no backward pass"
                 x_BSD = checkpoint(
                     block,
-                    *(x_BSD, turn, mask, is_causal),
+                    *(x_BSD, turn, mask, is_causal, None, *dropping),
                     use_reentrant=False,
-                    preserve_rng_state=False,  # nothing in a block is random
+                    preserve_rng_state=False,  # what is random in a block has no state
                     context_fn=self.recompute_contexts,
                 )
             else:
-                x_BSD = block(x_BSD, turn, mask, is_causal, None if cache is None else cache.layers[index])
+                layer_cache = None if cache is None else cache.layers[index]
+                x_BSD = block(x_BSD, turn, mask, is_causal, layer_cache, *dropping)
         return x_BSD
 
     def read_out(self, x_BSD: Tensor, targets_BS: Tensor | None) -> Tensor:

@@ -43,6 +43,8 @@ class Layout:
     vocab_size: int
     seq_len: int
     tie_embeddings: bool
+    recompute: str = "none"
+    """"none", "full" or "selective"."""
     """No rule reads it: where the embedding and the head lie on two pipeline stages, each holds a copy."""
 
     @property
@@ -121,6 +123,17 @@ def _muon_at_zero_3(layout: Layout) -> str | None:
     return (
         "optimizer.kind=muon with parallel.zero_stage=3: Muon needs whole matrices, and ZeRO-3 splits each "
         "over all ranks; set parallel.zero_stage=2 or optimizer.kind=adamw"
+    )
+
+
+def _selective_at_zero_3(layout: Layout) -> str | None:
+    is_deepspeed = layout.engine is EngineKind.deepspeed
+    if layout.recompute != "selective" or layout.zero_stage != 3 or not is_deepspeed:
+        return None
+    return (
+        "train.recompute=selective with parallel.zero_stage=3: weights are gathered inside what is computed "
+        "again, which selective recomputation does not take; set train.recompute=full or "
+        "parallel.zero_stage=2"
     )
 
 
@@ -320,6 +333,13 @@ RULES: tuple[Rule, ...] = (
         kind="combination",
         engine=EngineKind.deepspeed,
         find=_muon_at_zero_3,
+    ),
+    Rule(
+        name="selective_at_zero_3",
+        reason="torch's selective checkpointing raises at gathers of ZeRO-3 that it did not see in the "
+        "forward pass (seen with this package's model; the order of prefetching decides).",
+        kind="combination",
+        find=_selective_at_zero_3,
     ),
     Rule(
         name="accelerate_with_pipeline",

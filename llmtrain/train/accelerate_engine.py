@@ -74,6 +74,7 @@ class AccelerateEngine:
         self.placement = placement
         self.groups = groups
         self.data = groups.data
+        self.dropout = train.dropout
         self.num_optimizer_steps = 0
         self.optimizer_kind = optimizer.kind
         self.state_kinds = all_state_kinds(optimizer.kind)
@@ -173,10 +174,8 @@ class AccelerateEngine:
         return loss_sum, int(total_valid)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        on_device = batch.to(self.device)
-        loss_sum: Tensor = self._wrapped(
-            on_device.tokens_BS, on_device.positions_BS, on_device.segments_BS, on_device.targets_BS
-        )
+        inputs = self.placement.inputs(batch, self.device, dropout=self.dropout)
+        loss_sum: Tensor = self._wrapped(*inputs)
         return loss_sum
 
     def _sum(self, *values: float) -> list[float]:

@@ -87,7 +87,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 world_size, pp_size=parallel.pp_size, cp_size=parallel.cp_size, tp_size=parallel.tp_size
             )
         )
-        placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len)
+        placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len, seed=cfg.run.seed)
         engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
         progress = _load(cfg, engine, start)
         batches = Batches(

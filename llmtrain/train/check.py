@@ -21,6 +21,7 @@ from llmtrain.model.size import num_params
 from llmtrain.parallel.compatibility import Layout, describe, explain, warnings
 from llmtrain.parallel.config import EngineKind
 from llmtrain.parallel.deepspeed_keys import check_extra
+from llmtrain.train.certificate import certificate_path, missing
 from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.deepspeed_config import our_keys
@@ -111,6 +112,7 @@ def check_train(
     data = _check_data(cfg, found)
     _check_start(cfg, data, found, verify=verify)
     _check_disk(cfg, found)
+    _check_certificate(cfg, world_size or cfg.parallel.world_size, found)
     return found
 
 
@@ -138,6 +140,7 @@ def layout_of(cfg: TrainRoot, *, device: str | None) -> Layout:
         vocab_size=model.vocab_size,
         seq_len=cfg.data.seq_len,
         tie_embeddings=model.tie_embeddings,
+        recompute=train.recompute.name if train.recompute_every else "none",
     )
 
 
@@ -384,6 +387,30 @@ def _check_disk(cfg: TrainRoot, found: Findings) -> None:
             f"model: {format_count(num_params(cfg.model))} parameters, checkpoints of {format_bytes(one)}, "
             f"{format_bytes(free)} free"
         )
+
+
+def _check_certificate(cfg: TrainRoot, num_ranks: int | None, found: Findings) -> None:
+    """Whether `llmtrain verify` has passed for this config. One process has no layout to verify."""
+    if num_ranks is None:
+        found.facts.append("certificate: not looked for, as the number of ranks is not known here")
+        return
+    if num_ranks == 1 and not cfg.verify.required:
+        return
+    try:
+        why = missing(cfg, num_ranks)
+    except DataError as error:
+        why = str(error)
+    if why is None:
+        found.facts.append(f"certificate: {certificate_path(cfg)} says that this layout computes right")
+        return
+    told = (
+        f"this layout is not verified: {why}; run `llmtrain verify` with the same overrides and "
+        f"verify.ranks={num_ranks}"
+    )
+    if cfg.verify.required:
+        found.problems.append(f"{told}, or set verify.required=false")
+    else:
+        found.warnings.append(told)
 
 
 def _under(name: str, prefixes: tuple[str, ...]) -> bool:

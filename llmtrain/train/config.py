@@ -125,6 +125,9 @@ class TrainConfig:
     compile_blocks: bool = False
     """Whether to compile each block with torch.compile: minutes at the start, faster steps on GPUs. Changes
     the order of sums, so losses differ in the last digits."""
+    dropout: float = 0.0
+    """Share of the embedding's elements, and of those that each layer adds, that are zeroed in training
+    (GPT-2: 0.1). The mask is the same in every layout and after every restart."""
     grad_clip: float = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     eval_every_steps: int = 0
@@ -161,6 +164,8 @@ class TrainConfig:
                 f"train.eval_every_steps={self.eval_every_steps} and train.grad_clip={self.grad_clip} "
                 f"must be finite and not negative; 0 switches them off"
             )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"train.dropout={self.dropout} must be in [0, 1)")
         if self.recompute_every < 0:
             raise ConfigError(
                 f"train.recompute_every={self.recompute_every} must be 0 (none), 1 (every block) or more"

@@ -58,6 +58,9 @@ def join_deepspeed(device: torch.device) -> None:
     """Let DeepSpeed use the process group that is there."""
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed: not the user's affair.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", module="torch.distributed")
+    # A ZeRO-3 engine leaves its own function here for good. It adds the bias in place to the product; where
+    # selective recomputation keeps that, the bias is added twice.
+    torch.nn.functional.linear = torch._C._nn.linear
     if device.type == "cpu":
         # Without this DeepSpeed compiles a shared-memory all-reduce with g++ at the first start of every
         # machine.
@@ -77,6 +80,7 @@ class DeepSpeedEngine:
         self.groups = placement.groups
         self.data = placement.groups.data
         self.zero_stage = placement.parallel.zero_stage
+        self.dropout = train.dropout
         self.num_optimizer_steps = 0
         self.optimizer_kind = optimizer.kind
         self.state_kinds = all_state_kinds(optimizer.kind)
@@ -174,10 +178,8 @@ class DeepSpeedEngine:
         return loss_sum, int(total_valid)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        on_device = batch.to(self.device)
-        loss_sum: Tensor = self._engine(
-            on_device.tokens_BS, on_device.positions_BS, on_device.segments_BS, on_device.targets_BS
-        )
+        inputs = self.placement.inputs(batch, self.device, dropout=self.dropout)
+        loss_sum: Tensor = self._engine(*inputs)
         return loss_sum
 
     def _sum(self, *values: float) -> list[float]:

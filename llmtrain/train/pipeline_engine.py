@@ -29,7 +29,8 @@ from llmtrain.train.deepspeed_engine import DeepSpeedEngine
 from llmtrain.train.optimizer import build_optimizer
 from llmtrain.train.placement import compile_blocks
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]
+"""x_BSD (tokens for the first stage), positions, segments, targets; keys where something is dropped."""
 
 
 class _Stage(nn.Module):
@@ -44,12 +45,13 @@ class _Stage(nn.Module):
         """Of the micro batches since it was set to None, before scaling: on the last stage alone."""
 
     def forward(self, inputs: Inputs) -> Inputs | Tensor:
-        x_BSD, positions_BS, segments_BS, targets_BS = inputs  # the first stage gets tokens for x
+        x_BSD, positions_BS, segments_BS, targets_BS, *rest = inputs
+        keys_BS = rest[0] if rest else None
         if self.model.span.has_embedding:
-            x_BSD = self.model.embed(x_BSD, positions_BS)
-        x_BSD = self.model.run_blocks(x_BSD, positions_BS, segments_BS)
+            x_BSD = self.model.embed(x_BSD, positions_BS, keys_BS)
+        x_BSD = self.model.run_blocks(x_BSD, positions_BS, segments_BS, keys_BS)
         if not self.model.span.has_head:
-            return x_BSD, positions_BS, segments_BS, targets_BS
+            return x_BSD, *inputs[1:]
         loss_sum = self.model.read_out(x_BSD, targets_BS)
         told = loss_sum.detach().double()
         self.loss_sum = told if self.loss_sum is None else self.loss_sum + told
@@ -135,11 +137,5 @@ class PipelineEngine(DeepSpeedEngine):
             shape = batch.tokens_BS.shape
             self._shape = self._shape or shape
             assert shape == self._shape, f"stages exchange one shape, {self._shape}, and a batch has {shape}"
-            on_device = batch.to(self.device)
-            inputs = (
-                on_device.tokens_BS,
-                on_device.positions_BS,
-                on_device.segments_BS,
-                on_device.targets_BS,
-            )
-            yield inputs, on_device.targets_BS  # as labels, too: the last stage loads a batch in any case
+            inputs = self.placement.inputs(batch, self.device, dropout=self.dropout)
+            yield inputs, inputs[3]  # as labels, too: the last stage loads a batch in any case

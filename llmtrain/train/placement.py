@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from llmtrain.loader.batches import Batch
 from llmtrain.loader.dataset import NO_TARGET
 from llmtrain.model import recompute
 from llmtrain.model.attend import attend
 from llmtrain.model.config import ModelConfig
+from llmtrain.model.dropout import token_keys
 from llmtrain.model.init import initial_weight
 from llmtrain.model.partition import Part, Unit, local_config, part_of, unit_of
 from llmtrain.model.seams import Seams
@@ -32,11 +33,14 @@ from llmtrain.train.checkpoint import FlatSource
 from llmtrain.train.config import Recompute, TrainConfig
 
 
-def place(model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, seq_len: int) -> Placement:
+def place(
+    model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, seq_len: int, seed: int = 0
+) -> Placement:
     """Every rank calls this, in the same order as every other collective.
 
     Args:
         seq_len: Enters the cost of a block, by which pipeline stages are cut.
+        seed: Of dropout.
     """
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Transformer(model).named_parameters()}
@@ -45,7 +49,8 @@ def place(model: ModelConfig, parallel: ParallelConfig, groups: Groups, *, seq_l
     costs = block_costs(model, seq_len=seq_len)
     cuts = balanced_cuts(costs, pp.size)
     span = Span(cuts[pp.rank], cuts[pp.rank + 1], model.num_layers)
-    return Placement(groups, parallel, model, span, shapes, split_axis(groups.tp, tp_size // num_kv_parts))
+    kv_copies = split_axis(groups.tp, tp_size // num_kv_parts)
+    return Placement(groups, parallel, model, span, shapes, kv_copies, seed)
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -81,6 +86,8 @@ class Placement:
 
     kv_copies: Axis
     """The tp ranks that hold the same key/value heads as this one."""
+    seed: int
+    """Of dropout."""
 
     def build(self, train: TrainConfig, *, seams: Seams | None = None) -> Transformer:
         """This rank's part, in the caller's device context.
@@ -97,7 +104,7 @@ class Placement:
             quiet: Any = torch.compiler.disable
             seams = replace(seams, **{name: quiet(call) for name, call in talking.items()})
         model = Transformer(local, seams=seams, span=self.span)
-        model.recompute_every = train.recompute_every
+        model.recompute_every, model.dropout = train.recompute_every, train.dropout
         if train.recompute is Recompute.selective:
             model.recompute_contexts = recompute.selective
         return model
@@ -152,13 +159,23 @@ class Placement:
             elif part.num_copies > 1:  # each rank used it for its own query heads
                 tensor.sum_gradient(parameter, self.kv_copies)
 
+    def inputs(self, batch: Batch, device: torch.device, *, dropout: float) -> tuple[Tensor, ...]:
+        """A batch that is cut already, as `Transformer.forward` takes it: with keys where something is
+        dropped."""
+        batch = batch.to(device)
+        inputs = (batch.tokens_BS, batch.positions_BS, batch.segments_BS, batch.targets_BS)
+        if not dropout:
+            return inputs
+        if batch.places is None:  # held-out rows: nothing is dropped, but pipelines want one kind of input
+            return (*inputs, torch.zeros_like(batch.tokens_BS))
+        keys_BS = token_keys(self.seed, batch.places, batch.segments_BS.shape[1])
+        return (*inputs, self._own(keys_BS).to(device, non_blocking=True))
+
     def cut(self, batch: Batch) -> Batch:
         """The positions of a batch's rows that this rank works on. `segments_BS` stays that of whole rows."""
-        cp = self.groups.cp
-        if cp.size == 1:
+        if self.groups.cp.size == 1:
             return batch
-        own = partial(context.own_positions, axis=cp, zigzag=self.parallel.context is ContextKind.sequence)
-        targets_BS = own(batch.targets_BS)
+        own, targets_BS = self._own, self._own(batch.targets_BS)
         return replace(
             batch,
             tokens_BS=own(batch.tokens_BS),
@@ -166,3 +183,9 @@ class Placement:
             positions_BS=own(batch.positions_BS),
             num_valid=int((targets_BS != NO_TARGET).sum()),
         )
+
+    def _own(self, x_BS: Tensor) -> Tensor:
+        if self.groups.cp.size == 1:
+            return x_BS
+        zigzag = self.parallel.context is ContextKind.sequence
+        return context.own_positions(x_BS, self.groups.cp, zigzag=zigzag)

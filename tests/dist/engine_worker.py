@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from llmtrain.loader.batches import Batch
 from llmtrain.model.config import Family, ModelConfig
+from llmtrain.model.dropout import token_keys
 from llmtrain.model.init import build_transformer
 from llmtrain.parallel.config import ContextKind, EngineKind, ParallelConfig
 from llmtrain.parallel.groups import build_groups
@@ -70,6 +71,7 @@ def batch_of(step: int, first: int, last: int) -> Batch:
         segments_BS=segments.int(),
         num_valid=int((targets != -100).sum()),
         rows=np.arange(first, last),
+        places=1000 * step + np.arange(first, last),
     )
 
 
@@ -84,9 +86,10 @@ def muon_update(gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
     return update.float()
 
 
-def reference(family: str, optimizer: str = "adamw") -> dict[str, list[float]]:
+def reference(family: str, optimizer: str = "adamw", dropout: float = 0.0) -> dict[str, list[float]]:
     """The same run in plain PyTorch: one process, one batch, nothing of ours but the model."""
     model = build_transformer(MODELS[family], seed=SEED)
+    model.dropout = dropout
     muons = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     muons = muons if optimizer == "muon" else []
     momenta = [torch.zeros_like(p) for p in muons]
@@ -104,7 +107,8 @@ def reference(family: str, optimizer: str = "adamw") -> dict[str, list[float]]:
     losses, grad_norms = [], []
     for step in range(STEPS):
         batch = batch_of(step, 0, rows_of(step))
-        logits = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+        keys = token_keys(SEED, batch.places, SEQ_LEN)
+        logits = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS, keys_BS=keys)
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BS.flatten())
         model.zero_grad()
         loss.backward()
@@ -142,13 +146,14 @@ def run(case: dict[str, Any]) -> dict[str, list[float]]:
         recompute_every=case.pop("recompute", 0),
         recompute=Recompute[case.pop("recompute_what", "full")],
         compile_blocks=case.pop("compile", False),
+        dropout=case.pop("dropout", 0.0),
     )
     case["context"] = ContextKind[case.pop("context", "heads")]
     case["engine"] = EngineKind[case.pop("engine", "deepspeed")]
     parallel = ParallelConfig(**case)
     sizes = {"pp_size": parallel.pp_size, "cp_size": parallel.cp_size, "tp_size": parallel.tp_size}
     groups = build_groups(Topology.of_world(dist.get_world_size(), **sizes))
-    placement = place(MODELS[family], parallel, groups, seq_len=SEQ_LEN)
+    placement = place(MODELS[family], parallel, groups, seq_len=SEQ_LEN, seed=SEED)
     engine = open_engine(placement, device=torch.device("cpu"), train=train, optimizer=optimizer)
     engine.load(fresh_weights(placement, seed=SEED))
     losses, grad_norms = [], []

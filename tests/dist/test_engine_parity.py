@@ -81,3 +81,12 @@ def test_compiled_blocks_equal_plain_pytorch() -> None:
         expected = engine_worker.reference(case["family"])
         np.testing.assert_allclose(results[name]["loss"], expected["loss"], rtol=2e-6, err_msg=name)
         np.testing.assert_allclose(results[name]["grad_norm"], expected["grad_norm"], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_selective_recomputation_at_zero_3_is_refused_for_a_reason() -> None:
+    """compatibility.py's rule selective_at_zero_3."""
+    case = {"family": "gpt2", "micro": 2, "zero_stage": 3, "tp_size": 2, "recompute": 1}
+    cases = json.dumps({"case": {**case, "recompute_what": "selective"}})
+    with pytest.raises(AssertionError, match="encountered during backward but not found in storage"):
+        run_ranks(WORKER, cases, num_ranks=4)

@@ -32,6 +32,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "context": ("heads", "sequence"),
     "sequence_parallel": (False, True),
 }
+DROPOUT = {"llama": 0.0, "gpt2": 0.1}
 Case = dict[str, Any]
 
 
@@ -109,9 +110,12 @@ REST = {name: case for name, case in ALL.items() if name not in SAMPLE}
 
 
 def worker_case(case: Case) -> Case:
-    """As engine_worker takes it; gpt2 computes every other block again."""
-    told = {key: value for key, value in case.items() if key != "dp_size"}
-    return {**told, "micro": micro_rows(case), "recompute": 2 * int(case["family"] == "gpt2")}
+    """As engine_worker takes it; gpt2 drops activations, and computes every other block again."""
+    told = {key: value for key, value in case.items() if key != "dp_size"} | {"micro": micro_rows(case)}
+    if case["family"] == "gpt2":
+        what = "selective" if case["zero_stage"] == 1 else "full"
+        told |= {"recompute": 2, "recompute_what": what, "dropout": DROPOUT["gpt2"]}
+    return told
 
 
 @cache
@@ -127,7 +131,7 @@ def results(which: str, ranks: int) -> dict[str, Any]:
 
 @cache
 def reference(family: str) -> dict[str, Any]:
-    return engine_worker.reference(family)
+    return engine_worker.reference(family, dropout=DROPOUT[family])
 
 
 def compare(which: str, name: str) -> None:

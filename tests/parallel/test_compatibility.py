@@ -99,6 +99,14 @@ BROKEN = {  # rule -> layouts that break it and no other, each with its message
             "each over all ranks; set parallel.zero_stage=2 or optimizer.kind=adamw",
         )
     ],
+    "selective_at_zero_3": [
+        (
+            {"recompute": "selective", "zero_stage": 3},
+            "train.recompute=selective with parallel.zero_stage=3: weights are gathered inside what is "
+            "computed again, which selective recomputation does not take; set train.recompute=full or "
+            "parallel.zero_stage=2",
+        )
+    ],
     "accelerate_with_pipeline": [
         (
             {**ACCELERATE, "pp_size": 2},
