@@ -11,14 +11,14 @@ _aten = torch.ops.aten
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
-    _aten.bmm.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
 }
 """Matrix products and attention: nearly all of a block's FLOPs. What lies between them is cheap to compute
-and large to keep (Korthikanti et al. 2022, arXiv:2205.05198, section 5)."""
+and large to keep (Korthikanti et al. 2022, arXiv:2205.05198, section 5). Not bmm: context parallelism's ring
+adds to its products in place."""
 
 
 def selective() -> Any:
