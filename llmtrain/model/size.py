@@ -99,3 +99,166 @@ def training_state_bytes(
         "gradients": count * gradient / (dp_size if zero_stage >= 2 else 1),
         "optimizer": count * optimizer / (dp_size if zero_stage >= 1 else 1),
     }
+
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+FP32_BYTES = 4
+
+
+def activation_bytes(
+    cfg: ModelConfig,
+    *,
+    micro_batch_rows: int,
+    seq_len: int,
+    precision: str,
+    recompute_every: int = 0,
+    tp_size: int = 1,
+) -> int:
+    """Bytes that one micro batch keeps between forward and backward, with the fused loss's gradients.
+
+    Without what was there before: weights, token ids, positions, segments, targets. Elements a token, each of
+    the precision's width (e bytes) where nothing else is said; q = H K and kv = G K; on a tp rank q, kv, F, H
+    and V are its parts:
+
+    | a block keeps | llama | gpt2 |
+    |---|---|---|
+    | its input, which is the first norm's | D | D |
+    | statistics of both norms | 2 fp32 | 4 (fp32 on CUDA) |
+    | both norms' outputs, inputs of wq and w_up | 2 D | 2 D |
+    | queries (turned), keys (turned), values | q + 2 kv | q + 2 kv |
+    | attention's output, input of wo; log-sum-exp | q, and H fp32 | q, and H fp32 |
+    | input of the second norm | D | D |
+    | up; GELU's or the gate product's output, input of w_down | 2 F | 2 F |
+    | gate and silu(gate) | 2 F | - |
+
+    Once: the mask, B S^2 elements; llama's cosines and sines, K elements a token; the last norm's input, D,
+    with its statistics; the loss's gradients, D elements a token and D V in fp32. Of a block that is computed
+    again its input alone. Attention is fused; recomputation is `recompute: full`; nothing is dropped; one
+    context-parallel rank, no sequence parallelism. Under tensor parallelism the vocabulary-parallel embedding
+    keeps 9 bytes a token more (a row number, a flag).
+    """
+    element = _element_bytes(precision)
+    tokens = micro_batch_rows * seq_len
+    num_recomputed = -(-cfg.num_layers // recompute_every) if recompute_every else 0
+    a_block = _block_activation_bytes(cfg, tokens=tokens, element=element, tp_size=tp_size)
+    blocks = (cfg.num_layers - num_recomputed) * a_block + num_recomputed * tokens * cfg.d_model * element
+    turns = tokens * cfg.width_per_head * element if cfg.family is Family.llama else 0
+    mask = micro_batch_rows * seq_len**2 * element
+    last_norm = tokens * (cfg.d_model * element + _norm_statistics_bytes(cfg, element))
+    loss = tokens * cfg.d_model * element + cfg.vocab_size // tp_size * cfg.d_model * FP32_BYTES
+    embedding = 9 * tokens if tp_size > 1 else 0
+    return blocks + turns + mask + last_norm + loss + embedding
+
+
+def _block_activation_bytes(cfg: ModelConfig, *, tokens: int, element: int, tp_size: int) -> int:
+    num_heads, num_kv_heads = cfg.num_heads // tp_size, max(1, cfg.num_kv_heads // tp_size)
+    num_of_ffn = 4 if cfg.family is Family.llama else 2
+    elements = (
+        4 * cfg.d_model
+        + 2 * (num_heads + num_kv_heads) * cfg.width_per_head
+        + num_of_ffn * cfg.ffn_width // tp_size
+    )
+    statistics = 2 * _norm_statistics_bytes(cfg, element) + num_heads * FP32_BYTES
+    return tokens * (elements * element + statistics)
+
+
+def _norm_statistics_bytes(cfg: ModelConfig, element: int) -> int:
+    """A token's: the inverse root mean square in fp32; LayerNorm's mean and inverse deviation."""
+    return FP32_BYTES if cfg.family is Family.llama else 2 * element
+
+
+def _element_bytes(precision: str) -> int:
+    if precision not in ELEMENT_BYTES:
+        raise ConfigError(unknown_name("precision", precision, ELEMENT_BYTES))
+    return ELEMENT_BYTES[precision]
+
+
+LOGITS_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+"""fp32 logits of one chunk: the budgets of model/loss.py, held equal by a test."""
+REDUCE_BUCKET_ELEMENTS = 500_000_000
+"""zero_optimization.reduce_bucket_size: DeepSpeed's default."""
+
+
+def peak_bytes(
+    cfg: ModelConfig,
+    *,
+    micro_batch_rows: int,
+    seq_len: int,
+    precision: str,
+    zero_stage: int = 1,
+    dp_size: int = 1,
+    recompute_every: int = 0,
+    reduce_bucket_elements: int = REDUCE_BUCKET_ELEMENTS,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """The most bytes of tensors at once, at each of the moments of a step that can be the fullest.
+
+    For one tp rank and pipeline stage, AdamW, two micro batches a step or more, ZeRO 0 (fp32) or 1, under
+    DeepSpeed 0.19.8. Of N weights there stay through the step, in bytes a weight:
+
+    | | fp32, ZeRO-0 | fp32, ZeRO-1 | bf16, ZeRO-1 |
+    |---|---|---|---|
+    | weights | 4 | 4 | 2 |
+    | fp32 masters | - | 4 / dp | 4 / dp |
+    | two moments | 8 | 8 / dp | 8 / dp |
+    | gradients in the weights' dtype, from the first micro batch on | 4 | 4 | 2 |
+    | fp32 gradients | - | - | 4 |
+    | the bucket, from the first backward pass on | - | 4 a bucket element | - |
+
+    and come and go
+
+    loss              activations; the last norm's output; of a chunk of positions its logits (in the weights'
+                      dtype, in fp32 if that is another, and their log-softmax) and its part of that output;
+                      in bf16 a chunk's gradient of the head, and that in fp32
+    loss_backward     activations, and the loss's gradients once more, scaled
+    block_backward    activations without the loss's, the last block's computed again where it is; the
+                      gradient of its output, and those that its gate (or GELU) takes and gives
+    reduction         without the bucket: all gradients once more, flat: 4 bytes a weight at ZeRO-0; in bf16
+                      6, a copy in bf16 beside the one in fp32; even on one rank
+    update            at ZeRO-1 in fp32: 4 / dp, the gradients of this rank's partition, flat
+
+    Workspace inside kernels is not seen.
+    """
+    element = _element_bytes(precision)
+    if zero_stage not in (0, 1) or (zero_stage == 0 and precision != "fp32"):
+        raise ConfigError(
+            f"zero_stage={zero_stage} in {precision}: the peak is known for zero_stage=1, and for 0 in fp32"
+        )
+    count, tokens, d_model = num_params(cfg), micro_batch_rows * seq_len, cfg.d_model
+    is_wide = precision == "fp32"
+    partition = -(-count // dp_size) if zero_stage else count
+    masters = partition * FP32_BYTES if zero_stage else 0
+    wide_gradients = 0 if is_wide else count * FP32_BYTES
+    resident = 2 * count * element + masters + partition * 2 * FP32_BYTES + wide_gradients
+    bucket = reduce_bucket_elements * element if zero_stage and is_wide else 0
+
+    activations = activation_bytes(
+        cfg,
+        micro_batch_rows=micro_batch_rows,
+        seq_len=seq_len,
+        precision=precision,
+        recompute_every=recompute_every,
+    )
+    x, head = tokens * d_model, cfg.vocab_size * d_model
+    rows = min(tokens, max(128, LOGITS_BYTES[device] // (FP32_BYTES * cfg.vocab_size)))
+    logits = rows * cfg.vocab_size * (2 * FP32_BYTES if is_wide else element + 2 * FP32_BYTES)
+    loss = logits + (x + rows * d_model) * element + (0 if is_wide else head * (element + FP32_BYTES))
+    loss_backward = x * element + head * FP32_BYTES
+    if not is_wide:
+        loss_backward += head * element
+
+    is_last_recomputed = bool(recompute_every) and (cfg.num_layers - 1) % recompute_every == 0
+    a_block = _block_activation_bytes(cfg, tokens=tokens, element=element, tp_size=1)
+    again = a_block - x * element if is_last_recomputed else 0
+    after_loss = activations - (2 * x * element + tokens * _norm_statistics_bytes(cfg, element))
+    after_loss -= head * FP32_BYTES
+    ffn_gradients = tokens * cfg.ffn_width * (2 if cfg.family is Family.llama else 1)
+    block_backward = after_loss + again + (x + ffn_gradients) * element
+    flat = {"fp32": FP32_BYTES, "bf16": FP32_BYTES + element}[precision]
+    return {
+        "loss": resident + bucket + activations + loss,
+        "loss_backward": resident + bucket + activations + loss_backward,
+        "block_backward": resident + bucket + block_backward,
+        "reduction": resident + (0 if is_wide and zero_stage else count * flat),
+        "update": resident + (partition * FP32_BYTES if is_wide and zero_stage else 0),
+    }

@@ -119,6 +119,14 @@ class AccelerateEngine:
         self._model.to_empty(device=self.device)
         return self._accelerator.prepare_model(self._model)
 
+    @property
+    def loss_scale(self) -> None:
+        """There is no fp16 here: compatibility.py's accelerate_with_fp16."""
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        raise AssertionError(f"no loss scale to set to {value}: there is no fp16 here")
+
     # -- the step
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:

@@ -252,7 +252,8 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
         return Progress(step=0, position=0)
     reader = CheckpointReader(Path(start.checkpoint))
     is_resume = cfg.run.intent is not Intent.warm_start
-    for kind in ("weight", *engine.state_kinds) if is_resume else ("weight",):
+    num_updates = reader.state["num_optimizer_steps"] if is_resume else 0
+    for kind in ("weight", *engine.state_kinds) if num_updates else ("weight",):
         shapes = {
             name: shape
             for name, shape in engine.placement.shapes.items()
@@ -262,7 +263,9 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
     if not is_resume:
         engine.load(reader.read_flat)
         return Progress(step=0, position=0)
-    engine.load(reader.read_flat, num_optimizer_steps=reader.state["num_optimizer_steps"])
+    engine.load(reader.read_flat, num_optimizer_steps=num_updates)
+    if engine.loss_scale is not None and reader.state["loss_scale"] is not None:
+        engine.loss_scale = reader.state["loss_scale"]
     log.info(
         "resumed from %s: step %d, %d rows consumed", start.checkpoint, reader.step, reader.state["position"]
     )
@@ -275,6 +278,7 @@ def _state(cfg: TrainRoot, engine: Engine, data: OpenData, start: Start, *, posi
         "position": position,
         "tokens": position * cfg.data.seq_len,
         "num_optimizer_steps": engine.num_optimizer_steps,
+        "loss_scale": engine.loss_scale,
         "attempt": start.attempt,
         "config": files.plain(cfg),
         "model": files.plain(cfg.model),

@@ -142,10 +142,23 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.train()
+        skipped_before = self._engine.skipped_steps
         loss_sum, norm = self._run_micro_batches(mine, scale=gas * self.data.size / divisor)
-        self.num_optimizer_steps += 1
+        is_skipped = self.loss_scale is not None and self._engine.skipped_steps > skipped_before
+        self.num_optimizer_steps += not is_skipped
         (loss_sum,) = self._sum(loss_sum)
-        return StepResult(loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid))
+        return StepResult(
+            loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid), is_skipped=is_skipped
+        )
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16's losses are multiplied with now; None in other precisions."""
+        return float(self._optimizer.loss_scaler.cur_scale) if self._engine.fp16_enabled() else None
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None:
+        self._optimizer.loss_scaler.cur_scale = value
 
     def _run_micro_batches(self, micro_batches: list[Batch], *, scale: float) -> tuple[float, float]:
         """Forward, backward and update; this rank's loss sum, and the global norm of the gradient."""
@@ -199,7 +212,8 @@ class DeepSpeedEngine:
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns of weights and optimizer state: over all ranks, every element exactly once."""
-        for kind in ("weight", *self.state_kinds):
+        # The optimizer has no state before its first update, which fp16's overflows put off.
+        for kind in ("weight", *self.state_kinds) if self.num_optimizer_steps else ("weight",):
             for name, start, held in self._fragments(kind):
                 if not self.placement.answers_for(name):
                     continue

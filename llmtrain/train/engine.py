@@ -22,6 +22,8 @@ class StepResult:
     grad_norm: float
     """Global L2 norm before clipping."""
     num_valid: int
+    is_skipped: bool = False
+    """In fp16: the gradient overflowed, so nothing was updated and the loss scale fell. The norm is inf."""
 
 
 class Engine(Protocol):
@@ -32,6 +34,13 @@ class Engine(Protocol):
     num_optimizer_steps: int
     state_kinds: tuple[str, ...]
     """What the optimizer keeps beside the weights: kinds of pieces."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16's losses are multiplied with now; None in other precisions."""
+
+    @loss_scale.setter
+    def loss_scale(self, value: float) -> None: ...
 
     def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
         """One optimizer update from this rank's micro batches. Every rank calls it with as many; another step

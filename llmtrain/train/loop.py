@@ -133,7 +133,13 @@ def train(
             ledger.step(
                 progress.step + 1, first=first, last=first + rows_per_step - 1, tokens_hash=tokens_hash
             )
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        if result.is_skipped:
+            recorder.event("overflow", progress.step + 1, loss_scale=engine.loss_scale)
+            log.warning(
+                "step %d: the gradient overflowed in fp16, so nothing was updated; the loss scale is %g now",
+                *(progress.step + 1, engine.loss_scale),
+            )
+        elif not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             recorder.event("diverged", progress.step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
             raise DivergedError(
                 f"loss={result.loss} and gradient norm={result.grad_norm} at step {progress.step + 1}, "
