@@ -58,7 +58,7 @@ def assert_equal(told: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(told["checksum"], expected["checksum"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_number_of_ranks_equals_plain_pytorch(num_ranks: int, stage: int, family: str) -> None:
@@ -66,19 +66,19 @@ def test_any_number_of_ranks_equals_plain_pytorch(num_ranks: int, stage: int, fa
     assert_equal(results(num_ranks)[f"{family} {stage}"], reference(family))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("context", ["heads", "sequence"])
 def test_context_parallelism_equals_plain_pytorch(num_ranks: int, stage: int, context: str) -> None:
     assert_equal(results(num_ranks)[f"{context} {stage}"], reference("llama"))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_muon_under_ddp_equals_plain_pytorch(num_ranks: int) -> None:
     assert_equal(results(num_ranks)["muon 0"], reference("llama", "muon"))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["bf16 0", "bf16 2", "bf16 3", "bf16 sequence 0"])
 def test_bf16_stays_near_fp32(num_ranks: int, case: str) -> None:
     if num_ranks == 1 and "sequence" in case:
@@ -89,7 +89,7 @@ def test_bf16_stays_near_fp32(num_ranks: int, case: str) -> None:
     assert told != pytest.approx(expected, rel=1e-6), "nothing was computed in bf16"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_held_out_sums_are_those_of_one_process(num_ranks: int) -> None:
     expected = results(1)["llama 0"]["held_out"]
     for case, told in results(num_ranks).items():

@@ -38,7 +38,7 @@ def batches(draw: st.DrawFn, num_ranks: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @settings(  # an example is a start of the ranks, with every split in it
     max_examples=1,
     deadline=None,

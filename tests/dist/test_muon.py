@@ -72,7 +72,13 @@ def reference(family: str) -> dict[str, Any]:
     return engine_worker.reference(family, "muon")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if ranks == 4 else name
+        for name, (ranks, _) in LAYOUTS.items()
+    ],
+)
 def test_a_layout_equals_plain_pytorch(name: str) -> None:
     num_ranks, case = LAYOUTS[name]
     told, expected = results(num_ranks)[name], reference(case.get("family", "llama"))

@@ -50,7 +50,7 @@ def outcome(processes: list[subprocess.Popen[str]], *, but: int | None) -> list[
     return told
 
 
-@pytest.mark.parametrize("fate", ["dies", "hangs"])
+@pytest.mark.parametrize("fate", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_rank_that_dies_or_hangs_is_named_by_all_others(fate: str) -> None:
     told = outcome(start(f"waits,{fate},waits"), but=1)
     for status, text in told:

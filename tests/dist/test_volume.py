@@ -68,7 +68,7 @@ FOUR_RANKS = {
 }
 
 
-@pytest.mark.parametrize(("num_ranks", "cases"), [(2, TWO_RANKS), (4, FOUR_RANKS)], ids=["two", "four"])
+@pytest.mark.parametrize(("num_ranks", "cases"), [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)], ids=["two", "four"])
 def test_counted_bytes_equal_the_formulas(num_ranks, cases):
     told = run_ranks(WORKER, json.dumps(cases), num_ranks=num_ranks, timeout_s=280)
     differing = {

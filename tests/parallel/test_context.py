@@ -57,7 +57,7 @@ def axis_of(rank: int, size: int) -> Axis:
     return Axis(rank, size, tuple(range(size)), None)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("at", range(len(CASES)), ids=[" ".join(map(str, each.values())) for each in CASES])
 def test_outputs_and_gradients_equal_those_of_one_process(num_ranks: int, at: int) -> None:
     for of_rank in (rank["attention"][at] for rank in results(num_ranks)):
@@ -68,7 +68,7 @@ def test_outputs_and_gradients_equal_those_of_one_process(num_ranks: int, at: in
                 assert of_rank[name] < 2e-6, name  # attention in one process is up to 7e-7 away in fp32
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", ["kept", "recomputed"])
 def test_a_model_over_ranks_has_the_loss_and_gradients_of_one_process(
