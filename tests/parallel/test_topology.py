@@ -1,4 +1,4 @@
-"""The grid's order is DeepSpeed's, its groups tile the ranks, and cuts of a pipeline are the best possible.
+"""The grid's order is DeepSpeed's, its groups tile the ranks, and cuts of a pipeline are the best possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRIDS = [(2, 3, 1, 4), (4, 2, 1, 1), (1, 2, 2, 2), (2, 1, 2, 3)]
 @pytest.mark.filterwarnings("default")  # DeepSpeed's own imports warn
 @pytest.mark.parametrize(("pp", "dp", "tp"), [(2, 3, 4), (4, 2, 1), (1, 1, 8)])
 def test_grid_order_is_deepspeeds(pp: int, dp: int, tp: int) -> None:
-    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: PLC0415  slow, and warns
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology  # noqa: PLC0415  it warns
 
     theirs = PipeModelDataParallelTopology(num_pp=pp, num_dp=dp, num_mp=tp)
     ours = Topology(pp_size=pp, dp_size=dp, tp_size=tp)
