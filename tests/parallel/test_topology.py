@@ -1,4 +1,4 @@
-"""The grid's order is DeepSpeed's, its groups tile the ranks, and cuts of a pipeline are the best possible."""
+"""The grid's order is DeepSpeed's, its groups tile the ranks, and cuts of a pipeline are the best."""
 
 from __future__ import annotations
 
