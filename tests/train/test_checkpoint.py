@@ -317,7 +317,10 @@ def test_unknown_format_version_is_named(tmp_path: Path) -> None:
     content = json.dumps(manifest | {"format_version": 99}).encode()
     (path / MANIFEST_FILE).write_bytes(content)
     (path / MARKER_FILE).write_bytes(checkpoint._marker(content))
-    message = f"{path} has checkpoint format_version=99, and this llmtrain reads {checkpoint.FORMAT_VERSION}; read it with the llmtrain that"
+    known = checkpoint.FORMAT_VERSION
+    message = (
+        f"{path} has checkpoint format_version=99, and this llmtrain reads {known}; read it with the llmtrain"
+    )
     with pytest.raises(CheckpointError, match=message):
         CheckpointReader(path)
 
