@@ -156,7 +156,7 @@ RIVALS = {"transformers", "datatrove", "loguru"}
 """Imported by benchmarks only, and installed by those who run them."""
 
 
-NOT_IMPORTED = {"accelerate", "aiohttp", "lxml_html_clean", "protobuf"}
+NOT_IMPORTED = {"aiohttp", "lxml_html_clean", "protobuf"}
 """Declared although no line of ours imports it."""
 
 
