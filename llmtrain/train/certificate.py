@@ -121,17 +121,8 @@ def read_certificate(path: Path) -> dict[str, Any]:
 
 def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
     """Dotted name -> (old, new) of every setting that differs."""
-    before, after = _flatten(old), _flatten(new)
+    before, after = files.flatten(old), files.flatten(new)
     names = dict.fromkeys([*after, *before])
     return {
         name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
     }
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat

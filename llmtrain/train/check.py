@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from llmtrain import files
 from llmtrain.data.manifest import read_manifest
@@ -320,8 +319,8 @@ def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings, *, veri
 def _check_warm_start(
     cfg: TrainRoot, data: OpenData | None, reader: CheckpointReader, found: Findings
 ) -> None:
-    old = _flatten(files.plain(ModelConfig(**reader.state["config"]["model"])))
-    new = _flatten(files.plain(cfg.model))
+    old = files.flatten(files.plain(ModelConfig(**reader.state["config"]["model"])))
+    new = files.flatten(files.plain(cfg.model))
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
         if before == after or name == "init_std":
@@ -345,7 +344,7 @@ def _check_warm_start(
 
 def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[list[str], list[str]]:
     """(changes that a resume refuses, changes that it allows and reports), each a sentence."""
-    old, new = _flatten(reader.state["config"]), _flatten(files.plain(cfg))
+    old, new = files.flatten(reader.state["config"]), files.flatten(files.plain(cfg))
     fixed, changed = [], []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
@@ -415,12 +414,3 @@ def _check_certificate(cfg: TrainRoot, num_ranks: int | None, found: Findings) -
 
 def _under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
