@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from llmtrain.loader.batches import Batch
 from llmtrain.model.config import Family, ModelConfig
-from llmtrain.parallel.config import ContextKind, ParallelConfig
+from llmtrain.parallel.config import ContextKind, ParallelConfig, PipelineSchedule
 from llmtrain.parallel.groups import Groups, build_groups
 from llmtrain.parallel.topology import Topology
 from llmtrain.parallel.volume import Sizes, bytes_per_step
@@ -102,10 +102,16 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Counted and expected bytes of one step, by axis and kind.
 
     Args:
-        case: Keys of ParallelConfig; `model`: keys of ModelConfig; `precision`, `recompute_every`.
+        case: Keys of ParallelConfig; `model`: keys of ModelConfig; `precision`, `recompute_every`,
+            `num_micro_batches`.
     """
     keys = {key: case[key] for key in PARALLEL_KEYS if key in case}
-    parallel = ParallelConfig(**keys, context=ContextKind[case.get("context", "heads")])
+    parallel = ParallelConfig(
+        **keys,
+        context=ContextKind[case.get("context", "heads")],
+        pp_schedule=PipelineSchedule[case.get("pp_schedule", "one_f_one_b")],
+    )
+    num_micro_batches = case.get("num_micro_batches", NUM_MICRO_BATCHES)
     overrides = dict(case.get("model", {}))
     overrides["family"] = Family[overrides.get("family", "llama")]
     model = ModelConfig(**{**MODEL, "num_kv_heads": 2, **overrides})
@@ -113,7 +119,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     groups = build_groups(Topology.of_world(dist.get_world_size(), **grid))
     train = TrainConfig(
         total_tokens=1,
-        global_batch_rows=MICRO_ROWS * NUM_MICRO_BATCHES * groups.dp.size,
+        global_batch_rows=MICRO_ROWS * num_micro_batches * groups.dp.size,
         micro_batch_rows=MICRO_ROWS,
         precision=Precision[case.get("precision", "fp32")],
         recompute_every=case.get("recompute_every", 0),
@@ -121,7 +127,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     placement = place(model, parallel, groups, seq_len=SEQ_LEN)
     engine = open_engine(placement, device=device, train=train, optimizer=OptimizerConfig(peak_lr=1e-3))
     engine.load(fresh_weights(placement, seed=0))
-    batches = [a_batch(model, device) for _ in range(NUM_MICRO_BATCHES)]
+    batches = [a_batch(model, device) for _ in range(num_micro_batches)]
     for _ in range(WARM_UP_STEPS):
         engine.train_step(batches, lr=1e-3)
 
@@ -139,7 +145,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         engine.train_step(batches, lr=1e-3)
     return {
         "counted": {axis: dict(sorted(volume.items())) for axis, volume in counted.items()},
-        "expected": bytes_per_step(sizes_of(placement, train)),
+        "expected": bytes_per_step(*sizes_of(placement, train, num_micro_batches)),
         "numbers": numbers,
     }
 
@@ -156,14 +162,14 @@ def a_batch(model: ModelConfig, device: torch.device) -> Batch:
     ).to(device)
 
 
-def sizes_of(placement: Placement, train: TrainConfig) -> Sizes:
-    """What the formulas take, of this rank."""
-    model, parallel, span, groups = placement.model, placement.parallel, placement.span, placement.groups
+def sizes_of(placement: Placement, train: TrainConfig, num_micro_batches: int) -> list[Sizes]:
+    """What the formulas take, of each of this rank's stages."""
+    model, parallel, spans, groups = placement.model, placement.parallel, placement.spans, placement.groups
     with torch.device("meta"):
         held = {name: weight.numel() for name, weight in placement.build(train).named_parameters()}
     zero = parallel.deepspeed.get("zero_optimization", {})
     threshold = zero.get("stage3_param_persistence_threshold")
-    sizes = Sizes(
+    whole = Sizes(
         d_model=model.d_model,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
@@ -172,17 +178,15 @@ def sizes_of(placement: Placement, train: TrainConfig) -> Sizes:
         has_biases=model.has_biases,
         tie_embeddings=model.tie_embeddings,
         vocab_size=model.vocab_size,
-        first_layer=span.first,
-        num_layers=span.last - span.first,
-        has_embedding=span.has_embedding,
-        has_head=span.has_head,
+        num_layers=model.num_layers,
+        ends_meet=spans[0].has_embedding and spans[-1].has_head,
         weights=tuple(
             tuple(numel for name, numel in held.items() if is_vector(name) is wanted)
             for wanted in (False, True)
         ),
         micro_batch_rows=train.micro_batch_rows,
         seq_len=SEQ_LEN,
-        num_micro_batches=NUM_MICRO_BATCHES,
+        num_micro_batches=num_micro_batches,
         element_bytes=4 if train.precision is Precision.fp32 else 2,
         recompute_every=train.recompute_every,
         tp_size=groups.tp.size,
@@ -193,7 +197,21 @@ def sizes_of(placement: Placement, train: TrainConfig) -> Sizes:
         context=parallel.context,
         zero_stage=parallel.zero_stage,
     )
-    return sizes if threshold is None else replace(sizes, persistence_threshold=threshold)
+    if threshold is not None:
+        whole = replace(whole, persistence_threshold=threshold)
+    borders = {span.first for span in spans} & {span.last for span in spans}
+    return [
+        replace(
+            whole,
+            first_layer=span.first,
+            num_layers=span.last - span.first,
+            has_embedding=span.has_embedding,
+            has_head=span.has_head,
+            previous_is_here=span.first in borders,
+            next_is_here=span.last in borders,
+        )
+        for span in spans
+    ]
 
 
 if __name__ == "__main__":

@@ -14,10 +14,7 @@ import contextlib
 import gc
 import io
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -31,8 +28,9 @@ import torch
 import torch.distributed as dist
 
 from llmtrain.bench._live_bytes import LiveBytes
+from llmtrain.bench.ranks import run_ranks
+from llmtrain.bench.shapes import DEMO
 from llmtrain.bench.table import BenchConfig, Row
-from llmtrain.errors import LLMTrainError
 from llmtrain.loader.batches import Batch
 from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.size import peak_bytes
@@ -46,15 +44,6 @@ from llmtrain.train.optimizer import build_optimizer
 from llmtrain.train.placement import Placement, fresh_weights, place
 from llmtrain.train.ranks import join_ranks
 
-MODEL = ModelConfig(
-    vocab_size=8192,
-    num_layers=4,
-    d_model=256,
-    num_heads=4,
-    num_kv_heads=2,
-    ffn_width=704,
-    tie_embeddings=True,
-)
 SEQ_LEN, GLOBAL_ROWS, MICRO_ROWS = 512, 4, 2
 LR, CLIP = 1e-3, 1.0
 PROMISED_OVERHEAD = 1.03
@@ -117,7 +106,7 @@ class Setting:
     def of_stage(cls, zero_stage: int, device: torch.device) -> Setting:
         return cls(
             placement=place(
-                MODEL, ParallelConfig(zero_stage=zero_stage), build_groups(Topology()), seq_len=SEQ_LEN
+                DEMO, ParallelConfig(zero_stage=zero_stage), build_groups(Topology()), seq_len=SEQ_LEN
             ),
             train=TrainConfig(
                 total_tokens=1,
@@ -133,7 +122,7 @@ class Setting:
                 num=GLOBAL_ROWS // MICRO_ROWS,
                 rows=MICRO_ROWS,
                 seq_len=SEQ_LEN,
-                vocab_size=MODEL.vocab_size,
+                vocab_size=DEMO.vocab_size,
             ),
         )
 
@@ -376,7 +365,7 @@ def measured_peak(model: ModelConfig, train: TrainConfig, device: torch.device) 
 
 def volume_rows() -> list[Row]:
     """What two gloo ranks hand to collectives in a step, both together, beside parallel/volume.py's."""
-    told = run_ranks(LAYOUTS, num_ranks=2)
+    told = run_cases(LAYOUTS, num_ranks=2)
     rows = []
     for name in LAYOUTS:
         counted, expected = Counter[str](), Counter[str]()
@@ -396,30 +385,7 @@ def volume_rows() -> list[Row]:
     return rows
 
 
-def run_ranks(cases: dict[str, Any], *, num_ranks: int) -> list[dict[str, Any]]:
+def run_cases(cases: dict[str, Any], *, num_ranks: int) -> list[dict[str, Any]]:
     """What each rank of _layout_rank says of `cases`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    alike = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    alike |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "llmtrain.bench._layout_rank", json.dumps(cases)]
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=RANKS_TIMEOUT_S) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    for number, (rank, (_, errors)) in enumerate(zip(ranks, outputs, strict=True)):
-        if rank.returncode:
-            raise LLMTrainError(f"rank {number} of {num_ranks} failed:\n{errors[-2000:]}")
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    return run_ranks(command, num_ranks=num_ranks, timeout_s=RANKS_TIMEOUT_S)

@@ -17,25 +17,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtrain.bench.peak import CPU_SIZES, CUDA_SIZES, best_flops
+from llmtrain.bench.shapes import DEMO, TINYLLAMA_1B
 from llmtrain.bench.table import BenchConfig, Row
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.model.size import flops_per_token
 
-CPU_MODEL = ModelConfig(
-    vocab_size=8192,
-    num_layers=4,
-    d_model=256,
-    num_heads=4,
-    num_kv_heads=2,
-    ffn_width=704,
-    tie_embeddings=True,
-)
-"""conf/model/demo.yaml."""
-CUDA_MODEL = ModelConfig(
-    vocab_size=32_000, num_layers=22, d_model=2048, num_heads=32, num_kv_heads=4, ffn_width=5632
-)
-"""conf/model/tinyllama_1b.yaml."""
 PEAK_SECONDS = 0.5
 
 
@@ -43,7 +30,7 @@ def run(config: BenchConfig) -> list[Row]:
     config.only_options("rows", "seq_len")
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
-    cfg = CUDA_MODEL if on_cuda else CPU_MODEL
+    cfg = TINYLLAMA_1B if on_cuda else DEMO
     num_rows, seq_len = config.option("rows", 4), config.option("seq_len", 2048 if on_cuda else 512)
     tokens_BS = torch.randint(
         0, cfg.vocab_size, (num_rows, seq_len), generator=torch.Generator().manual_seed(config.seed)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from llmtrain.bench.shapes import DEMO
 from llmtrain.bench.table import BenchConfig, Row
 from llmtrain.loader.batches import Batch
-from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.model.size import flops_per_token, num_params
 from llmtrain.parallel.config import ParallelConfig
@@ -29,15 +29,6 @@ from llmtrain.train.optimizer import build_optimizer
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
 
-MODEL = ModelConfig(
-    vocab_size=8192,
-    num_layers=4,
-    d_model=256,
-    num_heads=4,
-    num_kv_heads=2,
-    ffn_width=704,
-    tie_embeddings=True,
-)
 SEQ_LEN, GLOBAL_ROWS, MICRO_ROWS, DOCUMENTS_A_ROW = 512, 8, 4, 3
 LR, CLIP = 1e-3, 1.0
 
@@ -63,10 +54,10 @@ def run(config: BenchConfig) -> list[Row]:
         del ours
         gc.collect()
     dist.destroy_process_group()
-    token_flops = flops_per_token(MODEL, SEQ_LEN, convention="causal")
+    token_flops = flops_per_token(DEMO, SEQ_LEN, convention="causal")
     rows.append(
         Row(
-            name=f"model FLOPs a second, {num_params(MODEL):,} parameters, causal convention, ZeRO-1",
+            name=f"model FLOPs a second, {num_params(DEMO):,} parameters, causal convention, ZeRO-1",
             value=rows[3].value * token_flops / 1e9,
             unit="GFLOP/s",
         )
@@ -81,7 +72,7 @@ def micro_batches(device: torch.device) -> list[Batch]:
     places = np.arange(SEQ_LEN)
     batches = []
     for _ in range(GLOBAL_ROWS // MICRO_ROWS):
-        tokens = torch.from_numpy(random.integers(0, MODEL.vocab_size, (MICRO_ROWS, SEQ_LEN + 1)))
+        tokens = torch.from_numpy(random.integers(0, DEMO.vocab_size, (MICRO_ROWS, SEQ_LEN + 1)))
         batches.append(
             Batch(
                 tokens_BS=tokens[:, :-1].contiguous(),
@@ -97,7 +88,7 @@ def micro_batches(device: torch.device) -> list[Batch]:
 
 def bare_step(device: torch.device) -> Callable[[], None]:
     """What a good PyTorch loop does, and nothing else."""
-    model = build_transformer(MODEL, seed=0, device=device)
+    model = build_transformer(DEMO, seed=0, device=device)
     optimizer = build_optimizer(model, OptimizerConfig(peak_lr=LR))
     batches = micro_batches(device)
     num_valid = sum(batch.num_valid for batch in batches)
@@ -122,7 +113,7 @@ def engine_step(device: torch.device, stage: int) -> Callable[[], object]:
         precision=Precision.fp32,
     )
     parallel = ParallelConfig(zero_stage=stage)
-    placement = place(MODEL, parallel, build_groups(Topology()), seq_len=SEQ_LEN)
+    placement = place(DEMO, parallel, build_groups(Topology()), seq_len=SEQ_LEN)
     engine = open_engine(placement, device=device, train=train, optimizer=OptimizerConfig(peak_lr=LR))
     engine.load(fresh_weights(placement, seed=0))
     batches = micro_batches(device)

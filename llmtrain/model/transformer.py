@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from llmtrain.model.seams import Seams
 @dataclass(frozen=True)
 class Span:
     """The blocks [first, last) of a model, with the embedding before the first and the head after the
-    last: what a pipeline stage holds."""
+    last: a pipeline stage."""
 
     first: int
     last: int
@@ -40,19 +40,19 @@ class Span:
 
 
 class Transformer(nn.Module):
-    """A decoder of either family, or a span of one. Weights have their canonical names in both."""
+    """A decoder of either family, or some spans of one. Weights have their canonical names in both."""
 
-    def __init__(self, cfg: ModelConfig, *, seams: Seams | None = None, span: Span | None = None) -> None:
+    def __init__(self, cfg: ModelConfig, *, seams: Seams | None = None, spans: Sequence[Span] = ()) -> None:
         """
         Args:
             cfg: what this rank holds: `partition.local_config` under tensor parallelism.
             seams: what is said between ranks; None in one process.
-            span: None is all of it.
+            spans: in order; none is all of it.
         """
         super().__init__()
         self.cfg = cfg
         self.seams = seams = seams or Seams()
-        self.span = span = span or Span(0, cfg.num_layers, cfg.num_layers)
+        self.spans = spans = tuple(spans) or (Span(0, cfg.num_layers, cfg.num_layers),)
         self.recompute_every = 0
         """Of so many blocks the first keeps its input alone, and computes the rest again in the backward pass
         (Chen et al. 2016, arXiv:1604.06174). 1: all of them; 0: none."""
@@ -61,12 +61,13 @@ class Transformer(nn.Module):
         self.dropout = 0.0
         """Where `forward` is given keys."""
         self.embedding = self.position_embedding = self.final_norm = self.head = None
-        if span.has_embedding or (span.has_head and cfg.tie_embeddings):
+        if spans[0].has_embedding or (spans[-1].has_head and cfg.tie_embeddings):
             self.embedding = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        if span.has_embedding and cfg.max_positions is not None:
+        if spans[0].has_embedding and cfg.max_positions is not None:
             self.position_embedding = nn.Embedding(cfg.max_positions, cfg.d_model)
-        self.blocks = nn.ModuleDict({str(at): Block(cfg, seams) for at in range(span.first, span.last)})
-        if span.has_head:
+        indices = [at for span in spans for at in range(span.first, span.last)]
+        self.blocks = nn.ModuleDict({str(at): Block(cfg, seams) for at in indices})
+        if spans[-1].has_head:
             self.final_norm = build_norm(cfg)
             if not cfg.tie_embeddings:
                 self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
@@ -124,7 +125,10 @@ class Transformer(nn.Module):
         segments_BS: Tensor | None,
         keys_BS: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        span: Span | None = None,
     ) -> Tensor:
+        """One of `spans`; None is the first."""
         assert cache is None or segments_BS is None, "a cache holds one document a row: it takes no segments"
         cfg, dtype = self.cfg, x_BSD.dtype
         turn = None
@@ -138,8 +142,9 @@ class Transformer(nn.Module):
             mask = None if visible is None else additive(visible, dtype)
         is_causal = segments_BS is None and (cache is None or cache.length == 0)
         keys_BS = self._own(keys_BS)
-        for number, block in enumerate(self.blocks.values()):
-            index = self.span.first + number
+        span = span or self.spans[0]
+        for index in range(span.first, span.last):
+            block = self.blocks[str(index)]
             dropping = (None if keys_BS is None else at_site(keys_BS, 2 * index + 2), self.dropout)
             if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
                 assert cache is None, "a cache is for generation, which has no backward pass"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from llmtrain.parallel.config import ContextKind, EngineKind
+from llmtrain.parallel.config import ContextKind, EngineKind, PipelineSchedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,10 @@ class Layout:
     vocab_size: int
     seq_len: int
     tie_embeddings: bool
+    """No rule reads it: where the embedding and the head lie on two ranks, each holds a copy."""
     recompute: str = "none"
     """"none", "full" or "selective"."""
-    """No rule reads it: where the embedding and the head lie on two pipeline stages, each holds a copy."""
+    pp_schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
 
     @property
     def world_size(self) -> int:
@@ -87,6 +88,22 @@ def _pipeline_with_zero_0(layout: Layout) -> str | None:
     return (
         f"parallel.pp_size={layout.pp_size} with parallel.zero_stage=0: each pipeline stage would clip by "
         "the norm of its own gradients; set parallel.zero_stage=1"
+    )
+
+
+def _few_micro_batches_for_dual_pipe_v(layout: Layout) -> str | None:
+    if layout.pp_size == 1 or layout.pp_schedule is not PipelineSchedule.dual_pipe_v:
+        return None
+    wanted, each = 2 * layout.pp_size, layout.micro_batch_rows * layout.dp_size
+    named = zip(_batch_names(layout), layout.rows_per_step, strict=True)
+    too_few = {name: rows for name, rows in named if rows < wanted * each}
+    if not too_few:
+        return None
+    found = ", ".join(f"{name}={rows} is {rows / each:g}" for name, rows in too_few.items())
+    return (
+        f"parallel.pp_schedule=dual_pipe_v wants 2 * parallel.pp_size = {wanted} micro batches a step and "
+        f"rank or more, of train.micro_batch_rows={layout.micro_batch_rows} rows, and {found}; raise it to "
+        f"{wanted * each}, lower train.micro_batch_rows, or set parallel.pp_schedule=one_f_one_b"
     )
 
 
@@ -273,11 +290,15 @@ def _heads_over_context(layout: Layout) -> str | None:
 
 
 def _layers(layout: Layout) -> str | None:
-    if layout.pp_size <= layout.num_layers:
+    each = layout.pp_schedule.stages_per_rank if layout.pp_size > 1 else 1
+    if each * layout.pp_size <= layout.num_layers:
         return None
+    stages = f"parallel.pp_size={layout.pp_size}"
+    if each > 1:
+        stages = f"{each} * {stages} = {each * layout.pp_size} (pp_schedule={layout.pp_schedule.name})"
     return (
-        f"parallel.pp_size={layout.pp_size} is more than model.num_layers={layout.num_layers}: a pipeline "
-        f"stage holds at least one block; set parallel.pp_size={layout.num_layers} or less"
+        f"{stages} is more than model.num_layers={layout.num_layers}: a pipeline stage holds at least one "
+        f"block; set parallel.pp_size={max(1, layout.num_layers // each)} or less"
     )
 
 
@@ -317,6 +338,14 @@ RULES: tuple[Rule, ...] = (
         kind="combination",
         engine=EngineKind.deepspeed,
         find=_pipeline_with_zero_0,
+    ),
+    Rule(
+        name="few_micro_batches_for_dual_pipe_v",
+        reason="DeepSpeed raises 'DualPipeV needs gradient_accumulation_steps >= 2 * stages' at the start, "
+        "and 'DualPipeV needs at least 2 * stages micro-batches' at a step of a batch ramp (both seen).",
+        kind="combination",
+        engine=EngineKind.deepspeed,
+        find=_few_micro_batches_for_dual_pipe_v,
     ),
     Rule(
         name="half_precision_with_zero_0",
@@ -466,6 +495,8 @@ def warnings(layout: Layout) -> list[str]:
         found.append("parallel.sequence_parallel=true has no effect at parallel.tp_size=1")
     if layout.context is ContextKind.sequence and layout.cp_size == 1:
         found.append("parallel.context=sequence has no effect at parallel.cp_size=1")
+    if layout.pp_schedule is PipelineSchedule.dual_pipe_v and layout.pp_size == 1:
+        found.append("parallel.pp_schedule=dual_pipe_v has no effect at parallel.pp_size=1")
     for name, rows in zip(_batch_names(layout), layout.rows_per_step, strict=True):
         num_micro = rows // (layout.micro_batch_rows * layout.dp_size)
         if 0 < num_micro < layout.pp_size:

@@ -30,6 +30,30 @@ class ContextKind(Enum):
     that causal work is even."""
 
 
+class PipelineSchedule(Enum):
+    """In which order a pipeline's ranks work on the micro batches of a step."""
+
+    one_f_one_b = "one_f_one_b"
+    """One stage a rank; one forward, one backward in turn (Narayanan et al. 2021, arXiv:2104.04473)."""
+    dual_pipe_v = "dual_pipe_v"
+    """Two stages a rank, the first of which lies on rank r and the last on rank r again: micro batches go
+    out through the pipeline and come back (DeepSeek-AI 2024, arXiv:2412.19437, DualPipe cut in half). Less
+    waiting; at least 2 * pp_size micro batches a step."""
+
+    @property
+    def stages_per_rank(self) -> int:
+        return 2 if self is PipelineSchedule.dual_pipe_v else 1
+
+    def stages_of(self, rank: int, pp_size: int) -> tuple[int, ...]:
+        """Which of the pp_size * stages_per_rank stages a rank holds, in the order of the model."""
+        last = self.stages_per_rank * pp_size - 1
+        return (rank, last - rank) if self is PipelineSchedule.dual_pipe_v else (rank,)
+
+    def loss_rank(self, pp_size: int) -> int:
+        """The rank that holds the model's last stage."""
+        return 0 if self is PipelineSchedule.dual_pipe_v else pp_size - 1
+
+
 @dataclass(kw_only=True)
 class ParallelConfig:
     """The grid (pp, dp, cp, tp), tp fastest. Data parallelism takes the ranks that the other axes leave."""
@@ -39,7 +63,9 @@ class ParallelConfig:
     """0: every rank keeps all; 1: optimizer states are split; 2: gradients too; 3: weights too
     (Rajbhandari et al. 2020, arXiv:1910.02054). Over dp * cp ranks."""
     pp_size: int = 1
-    """Pipeline stages, each of consecutive blocks."""
+    """Ranks that share the blocks, as pipeline stages of consecutive ones."""
+    pp_schedule: PipelineSchedule = PipelineSchedule.one_f_one_b
+    """No effect at pp_size=1."""
     cp_size: int = 1
     """Ranks that share the positions of a row."""
     tp_size: int = 1

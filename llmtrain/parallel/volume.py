@@ -14,6 +14,8 @@ tests/dist/test_volume.py holds every one of them against counted bytes.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llmtrain.parallel.config import ContextKind
@@ -29,7 +31,8 @@ Volume = dict[str, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the volume depends on. Counts of the model are those of the whole one, not of this rank's part."""
+    """What the volume of a pipeline stage depends on. Counts of the model are those of the whole one, not of
+    this rank's part."""
 
     d_model: int
     num_heads: int
@@ -47,9 +50,14 @@ class Sizes:
     """Blocks of this pipeline stage, of which `first_layer` is the first."""
     has_embedding: bool = True
     has_head: bool = True
+    previous_is_here: bool = False
+    next_is_here: bool = False
+    """Whether the stage before or after this one is this rank's, too: nothing is sent."""
+    ends_meet: bool = False
+    """Whether the first and the last stage are one rank's: a tied embedding is then one weight."""
     weights: tuple[tuple[int, ...], ...]
-    """Elements of each weight that this rank holds (of ZeRO-3's: before it is split), a tuple for each
-    parameter group of the optimizer."""
+    """Elements of each weight that this rank holds, in all its stages (of ZeRO-3's: before it is split), a
+    tuple for each parameter group of the optimizer."""
 
     micro_batch_rows: int
     seq_len: int
@@ -91,16 +99,27 @@ class Sizes:
         return -(-end // self.recompute_every) - -(-self.first_layer // self.recompute_every)
 
 
-def bytes_per_step(sizes: Sizes) -> dict[str, Volume]:
-    """By axis (tp, cp, pp, data); an axis of one rank, and a kind that sends nothing, is left out."""
+def bytes_per_step(*stages: Sizes) -> dict[str, Volume]:
+    """By axis (tp, cp, pp, data); an axis of one rank, and a kind that sends nothing, is left out.
+
+    Args:
+        stages: those of this rank.
+    """
     found = {
-        "tp": tp_bytes(sizes),
-        "cp": cp_bytes(sizes),
-        "pp": pp_bytes(sizes),
-        "data": data_bytes(sizes),
+        "tp": _sum(map(tp_bytes, stages)),
+        "cp": _sum(map(cp_bytes, stages)),
+        "pp": _sum(map(pp_bytes, stages)),
+        "data": data_bytes(stages[0]),
     }
     volumes = {axis: {kind: sent for kind, sent in sorted(v.items()) if sent} for axis, v in found.items()}
     return {axis: volume for axis, volume in volumes.items() if volume}
+
+
+def _sum(volumes: Iterable[Volume]) -> Volume:
+    total: Counter[str] = Counter()
+    for volume in volumes:
+        total.update(volume)
+    return dict(total)
 
 
 def tp_bytes(sizes: Sizes) -> Volume:
@@ -183,15 +202,19 @@ def pp_bytes(sizes: Sizes) -> Volume:
               rank's S/cp positions, and segments as int32 of whole rows: from all but the last stage
     backward  the gradient of x_BSD: from all but the first
     a step    the fp32 gradient of a tied embedding is all-reduced between the first stage and the last
+
+    Between two stages of one rank nothing is sent.
     """
     if sizes.pp_size == 1:
         return {}
     x = sizes.residual_bytes // (sizes.tp_size if sizes.sequence_parallel else 1)
     rows = sizes.micro_batch_rows
     told = 2 * INT64 * rows * sizes.num_own_positions + INT32 * rows * sizes.seq_len
-    sent = (not sizes.has_head) * (x + told) + (not sizes.has_embedding) * x
-    is_end = sizes.has_embedding or sizes.has_head
-    tied = sizes.vocab_size // sizes.tp_size * sizes.d_model * FP32 if sizes.tie_embeddings and is_end else 0
+    sends_on = not (sizes.has_head or sizes.next_is_here)
+    sends_back = not (sizes.has_embedding or sizes.previous_is_here)
+    sent = sends_on * (x + told) + sends_back * x
+    has_copy = sizes.tie_embeddings and (sizes.has_embedding or sizes.has_head) and not sizes.ends_meet
+    tied = sizes.vocab_size // sizes.tp_size * sizes.d_model * FP32 if has_copy else 0
     return {"send": sizes.num_micro_batches * sent, "all_reduce": tied}
 
 

@@ -121,6 +121,7 @@ def layout_of(cfg: TrainRoot, *, device: str | None) -> Layout:
     return Layout(
         engine=parallel.engine,
         pp_size=parallel.pp_size,
+        pp_schedule=parallel.pp_schedule,
         dp_size=1,
         cp_size=parallel.cp_size,
         tp_size=parallel.tp_size,

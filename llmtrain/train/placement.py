@@ -25,7 +25,7 @@ from llmtrain.model.size import block_costs
 from llmtrain.model.transformer import Span, Transformer
 from llmtrain.parallel import context, tensor
 from llmtrain.parallel.balance import balanced_cuts
-from llmtrain.parallel.config import ContextKind, ParallelConfig
+from llmtrain.parallel.config import ContextKind, ParallelConfig, PipelineSchedule
 from llmtrain.parallel.groups import Axis, Groups, split_axis
 from llmtrain.parallel.mpu import mark_for_norm
 from llmtrain.parallel.vocab_loss import vocab_parallel_sum_cross_entropy
@@ -47,10 +47,12 @@ def place(
     tp_size, pp = groups.tp.size, groups.pp
     num_kv_parts = min(model.num_kv_heads, tp_size)
     costs = block_costs(model, seq_len=seq_len)
-    cuts = balanced_cuts(costs, pp.size)
-    span = Span(cuts[pp.rank], cuts[pp.rank + 1], model.num_layers)
+    schedule = parallel.pp_schedule if pp.size > 1 else PipelineSchedule.one_f_one_b
+    cuts = balanced_cuts(costs, schedule.stages_per_rank * pp.size)
+    stages = schedule.stages_of(pp.rank, pp.size)
+    spans = tuple(Span(cuts[at], cuts[at + 1], model.num_layers) for at in stages)
     kv_copies = split_axis(groups.tp, tp_size // num_kv_parts)
-    return Placement(groups, parallel, model, span, shapes, kv_copies, seed)
+    return Placement(groups, parallel, model, spans, shapes, kv_copies, seed)
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -79,8 +81,8 @@ class Placement:
     parallel: ParallelConfig
     model: ModelConfig
     """The whole model."""
-    span: Span
-    """The blocks of this rank's pipeline stage."""
+    spans: tuple[Span, ...]
+    """This rank's pipeline stages, in the order of the model."""
     shapes: dict[str, tuple[int, ...]]
     """Canonical name -> shape of the whole weight: every weight of the model, here or not."""
 
@@ -103,7 +105,7 @@ class Placement:
             talking = {name: call for name, call in ours.items() if call is not getattr(alone, name)}
             quiet: Any = torch.compiler.disable
             seams = replace(seams, **{name: quiet(call) for name, call in talking.items()})
-        model = Transformer(local, seams=seams, span=self.span)
+        model = Transformer(local, seams=seams, spans=self.spans)
         model.recompute_every, model.dropout = train.recompute_every, train.dropout
         if train.recompute is Recompute.selective:
             model.recompute_contexts = recompute.selective
@@ -142,7 +144,7 @@ class Placement:
 
     def answers_for(self, name: str) -> bool:
         """Whether a checkpoint takes this weight from this tp rank and pipeline stage."""
-        is_second_tied = name == "embedding.weight" and not self.span.has_embedding
+        is_second_tied = name == "embedding.weight" and not self.spans[0].has_embedding
         return self.part(name).copy == 0 and not is_second_tied
 
     def prepare(self, model: nn.Module) -> None:

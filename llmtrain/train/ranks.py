@@ -69,12 +69,15 @@ def agree(groups: Groups, device: torch.device, *, level: int, tokens_hash: int)
     return worst, (low + (high << 32)) & MASK_64
 
 
-def sum_once(groups: Groups, device: torch.device, *values: float) -> list[float]:
-    """Sums over all tokens of a step. Of the ranks that compute the same, the first of the last pipeline
-    stage speaks: that is where losses are."""
+def sum_once(groups: Groups, device: torch.device, *values: float, loss_rank: int = 0) -> list[float]:
+    """Sums over all tokens of a step. Of the ranks that compute the same one speaks.
+
+    Args:
+        loss_rank: along pp, where losses are.
+    """
     if dist.get_world_size() == 1:
         return list(values)
-    speaks = groups.tp.rank == 0 and groups.pp.rank == groups.pp.size - 1
+    speaks = groups.tp.rank == 0 and groups.pp.rank == loss_rank
     total = torch.tensor(values if speaks else [0.0] * len(values), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     found: list[float] = total.tolist()

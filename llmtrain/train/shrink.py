@@ -2,9 +2,9 @@
 Arithmetic on configs: no torch.
 
 Kept: family, engine, ZeRO stage, axes of the grid, sequence parallelism and the kind of context parallelism,
-tied or not, query heads above key/value heads, key/value heads below tensor-parallel ranks, uneven pipeline
-stages, several micro batches where there were several, a batch ramp, activation checkpointing, the kind of
-optimizer, DeepSpeed's extra keys. What cannot be kept is named.
+tied or not, query heads above key/value heads, key/value heads below tensor-parallel ranks, the pipeline's
+schedule and uneven stages, several micro batches where there were several, a batch ramp, activation
+checkpointing, the kind of optimizer, DeepSpeed's extra keys. What cannot be kept is named.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOCAB_SIZE, FFN_WIDTH = 48, 40
 HEAD_WIDTH = 8
 ROWS_AT_ONCE = 2
 MICRO_BATCHES = 3
-"""A rank's of a step, or pp_size if that is more."""
+"""A rank's of a step, or as many as the pipeline's schedule wants if that is more."""
 GRAD_CLIP = 0.1
 """Below the norm of the first gradients, so that clipping is at work."""
 ADAMW_EPS = 1e-4
@@ -136,10 +136,11 @@ def _seq_len(given: int, parallel: ParallelConfig) -> int:
 
 def _model(cfg: TrainRoot, parallel: ParallelConfig, seq_len: int) -> ModelConfig:
     model, tp, pp = cfg.model, parallel.tp_size, parallel.pp_size
+    given_stages = cfg.parallel.pp_size * parallel.pp_schedule.stages_per_rank
     num_heads, num_kv_heads = _heads(model, cfg.parallel, parallel)
     is_square = model.d_model == model.num_heads * model.width_per_head
     d_model = num_heads * HEAD_WIDTH + (0 if is_square else HEAD_WIDTH)
-    num_layers = min(model.num_layers, max(2, 2 * pp + int(model.num_layers % cfg.parallel.pp_size > 0)))
+    num_layers = min(model.num_layers, max(2, 2 * pp + int(model.num_layers % given_stages > 0)))
     positions = model.max_positions
     if positions is not None:
         positions = seq_len + (4 if positions > cfg.data.seq_len else 0)
@@ -192,7 +193,9 @@ def _train(
 ) -> TrainConfig:
     train = cfg.train
     at_once = min(train.micro_batch_rows, ROWS_AT_ONCE)
-    most = max(MICRO_BATCHES, parallel.pp_size)
+    num_stages = parallel.pp_size * parallel.pp_schedule.stages_per_rank
+    # one more than dual_pipe_v wants: room for a ramp
+    most = max(MICRO_BATCHES, num_stages + int(num_stages > parallel.pp_size))
     first_rows = train.batch_ramp[0].rows if train.batch_ramp else train.global_batch_rows
     first = first_rows // (train.micro_batch_rows * given_dp)
     last = train.global_batch_rows // (train.micro_batch_rows * given_dp)

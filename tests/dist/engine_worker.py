@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +17,8 @@ from llmtrain.loader.batches import Batch
 from llmtrain.model.config import Family, ModelConfig
 from llmtrain.model.dropout import token_keys
 from llmtrain.model.init import build_transformer
-from llmtrain.parallel.config import ContextKind, EngineKind, ParallelConfig
+from llmtrain.model.transformer import Transformer
+from llmtrain.parallel.config import ContextKind, EngineKind, ParallelConfig, PipelineSchedule
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
 from llmtrain.train.config import (
@@ -41,6 +43,8 @@ OPTIMIZER = OptimizerConfig(peak_lr=3e-3)
 MUON = OptimizerConfig(peak_lr=3e-3, kind=OptimizerKind.muon)
 SEQ_LEN, ROWS, STEPS, CLIP, SEED = 24, 8, 10, 0.5, 5
 RAMP_STEPS = 4
+HELD_OUT = range(98, 103)
+"""Batches beyond training: more than a pipeline takes at once."""
 
 
 def rows_of(step: int) -> int:
@@ -86,9 +90,15 @@ def muon_update(gradient: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
     return update.float()
 
 
-def reference(family: str, optimizer: str = "adamw", dropout: float = 0.0) -> dict[str, list[float]]:
+def model_of(family: str, num_layers: int | None) -> ModelConfig:
+    return replace(MODELS[family], num_layers=num_layers or SHAPE["num_layers"])
+
+
+def reference(
+    family: str, optimizer: str = "adamw", dropout: float = 0.0, num_layers: int | None = None
+) -> dict[str, Any]:
     """The same run in plain PyTorch: one process, one batch, nothing of ours but the model."""
-    model = build_transformer(MODELS[family], seed=SEED)
+    model = build_transformer(model_of(family, num_layers), seed=SEED)
     model.dropout = dropout
     muons = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
     muons = muons if optimizer == "muon" else []
@@ -119,7 +129,31 @@ def reference(family: str, optimizer: str = "adamw", dropout: float = 0.0) -> di
                 update = muon_update(weight.grad, momentum) + MUON.weight_decay * weight
                 weight -= MUON.peak_lr * update
         losses.append(loss.item())
-    return {"loss": losses, "grad_norm": grad_norms, "checksum": checksums(dict(model.named_parameters()))}
+    return {
+        "loss": losses,
+        "grad_norm": grad_norms,
+        "checksum": checksums(dict(model.named_parameters())),
+        "held_out_by_rows": held_out_by_rows(model),
+    }
+
+
+@torch.no_grad()
+def held_out_by_rows(model: Transformer) -> list[tuple[float, int]]:
+    """Loss sum and number of targets of the first 0, 1, 2, ... rows of each held-out batch."""
+    model.eval()
+    loss_sum, num_valid, found = 0.0, 0, [(0.0, 0)]
+    for row in range(ROWS):
+        for step in HELD_OUT:
+            batch = batch_of(step, row, row + 1)
+            logits = model(batch.tokens_BS, batch.positions_BS, batch.segments_BS)
+            loss_sum += float(
+                torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), batch.targets_BS.flatten(), reduction="sum"
+                )
+            )
+            num_valid += batch.num_valid
+        found.append((loss_sum, num_valid))
+    return found
 
 
 def checksums(weights: dict[str, torch.Tensor]) -> list[float]:
@@ -131,11 +165,12 @@ def checksums(weights: dict[str, torch.Tensor]) -> list[float]:
 
 
 def run(case: dict[str, Any]) -> dict[str, list[float]]:
-    """Train as `case` says: family, micro (rows), precision, recompute, optimizer; the rest is
+    """Train as `case` says: family, num_layers, micro (rows), precision, recompute, optimizer; the rest is
     ParallelConfig's."""
     case = dict(case)
     optimizer = {"adamw": OPTIMIZER, "muon": MUON}[case.pop("optimizer", "adamw")]
-    family, micro_rows = case.pop("family"), case.pop("micro")
+    model = model_of(case.pop("family"), case.pop("num_layers", None))
+    micro_rows = case.pop("micro")
     train = TrainConfig(
         total_tokens=1,
         global_batch_rows=2 * ROWS,
@@ -149,11 +184,12 @@ def run(case: dict[str, Any]) -> dict[str, list[float]]:
         dropout=case.pop("dropout", 0.0),
     )
     case["context"] = ContextKind[case.pop("context", "heads")]
+    case["pp_schedule"] = PipelineSchedule[case.pop("pp_schedule", "one_f_one_b")]
     case["engine"] = EngineKind[case.pop("engine", "deepspeed")]
     parallel = ParallelConfig(**case)
     sizes = {"pp_size": parallel.pp_size, "cp_size": parallel.cp_size, "tp_size": parallel.tp_size}
     groups = build_groups(Topology.of_world(dist.get_world_size(), **sizes))
-    placement = place(MODELS[family], parallel, groups, seq_len=SEQ_LEN, seed=SEED)
+    placement = place(model, parallel, groups, seq_len=SEQ_LEN, seed=SEED)
     engine = open_engine(placement, device=torch.device("cpu"), train=train, optimizer=optimizer)
     engine.load(fresh_weights(placement, seed=SEED))
     losses, grad_norms = [], []
@@ -166,7 +202,7 @@ def run(case: dict[str, Any]) -> dict[str, list[float]]:
         losses.append(result.loss)
         grad_norms.append(result.grad_norm)
     first = groups.dp.rank * micro_rows
-    held_out = [batch_of(step, first, first + micro_rows) for step in (98, 99)]
+    held_out = [batch_of(step, first, first + micro_rows) for step in HELD_OUT]
     loss_sum, num_valid = engine.held_out_sums(iter(held_out))
     return {
         "loss": losses,

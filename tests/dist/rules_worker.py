@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.utils import groups, safe_get_full_fp32_param
 from torch import Tensor, nn
 
@@ -105,6 +106,18 @@ def pipeline(stage: int) -> dict[str, Any]:
 
     batches = micro_batches()
     return {"loss": [float(engine.train_batch(batches)) for _ in range(STEPS)]}
+
+
+def dual_pipe_v(gas: int, *, later: int | None = None) -> float:
+    """A step, with `later` micro batches in place of the number that the config says."""
+    module = DualPipeVModule(
+        [*layers(), nn.Identity()], num_stages=2, loss_fn=nn.functional.mse_loss, partition_method="uniform"
+    )
+    engine = start(module, config(1, gas=gas))
+    engine.micro_batches = later or gas
+    x, y = data()
+    half = ROWS // 2
+    return float(engine.train_batch(repeat((x[:half], y[:half]))))
 
 
 def data_parallel(stage: int, precision: str, optimizer: str = "sgd") -> dict[str, Any]:
@@ -314,6 +327,9 @@ def cases() -> dict[str, Callable[[], Any]]:
         "pipeline/1": lambda: pipeline(1),
         "pipeline/2": lambda: message(lambda: pipeline(2)),
         "pipeline/3": lambda: message(lambda: pipeline(3)),
+        "dual_pipe_v/enough": lambda: dual_pipe_v(4),
+        "dual_pipe_v/too few": lambda: message(lambda: dual_pipe_v(3)),
+        "dual_pipe_v/too few later": lambda: message(lambda: dual_pipe_v(4, later=3)),
     }
 
 

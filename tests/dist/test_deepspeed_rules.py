@@ -65,6 +65,16 @@ def test_the_pipeline_clips_by_the_norm_of_a_stage_at_zero_0_and_of_all_at_zero_
     assert wrong[-1] < expected[-1] - 0.05, "each stage's norm is smaller than the whole: it moves further"
 
 
+@supports("few_micro_batches_for_dual_pipe_v")
+def test_dual_pipe_v_wants_two_micro_batches_a_stage_at_every_step() -> None:
+    for rank in told():
+        assert rank["dual_pipe_v/enough"] > 0
+        at_start = "AssertionError: DualPipeV needs gradient_accumulation_steps >= 2 * 2, got 3"
+        assert rank["dual_pipe_v/too few"] == at_start
+        at_a_step = "ValueError: DualPipeV needs at least 2 * 2 micro-batches, got 3"
+        assert rank["dual_pipe_v/too few later"] == at_a_step
+
+
 @supports("half_precision_with_zero_0")
 def test_bf16_at_zero_0_is_a_step_ahead() -> None:
     expected, at_0, at_1 = seen("reference/adamw"), seen("bf16/adamw/0"), seen("bf16/adamw/1")

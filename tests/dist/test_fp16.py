@@ -12,6 +12,8 @@ import engine_worker
 import pytest
 from ranks import run_ranks
 
+from llmtrain.errors import LLMTrainError
+
 WORKER = Path(__file__).with_name("fp16_worker.py")
 CASES = {
     "zero 1": {"zero_stage": 1},
@@ -50,5 +52,5 @@ def test_zero_3_is_refused_for_a_reason() -> None:
     """compatibility.py's rule fp16_at_zero_3."""
     if results() is None:
         pytest.skip("this CPU has no fp16 instructions, and there is no GPU")
-    with pytest.raises(AssertionError, match="tracing error at step"):
+    with pytest.raises(LLMTrainError, match="tracing error at step"):
         run_ranks(WORKER, json.dumps([{"zero_stage": 3}]), num_ranks=2)

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
+from llmtrain.errors import LLMTrainError
 from llmtrain.parallel.compatibility import Layout, problems
-from llmtrain.parallel.config import ContextKind, EngineKind
+from llmtrain.parallel.config import ContextKind, EngineKind, PipelineSchedule
 
 WORKER = Path(engine_worker.__file__)
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -31,6 +32,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "zero_stage": (0, 1, 2, 3),
     "context": ("heads", "sequence"),
     "sequence_parallel": (False, True),
+    "pp_schedule": ("one_f_one_b", "dual_pipe_v"),
 }
 DROPOUT = {"llama": 0.0, "gpt2": 0.1}
 Case = dict[str, Any]
@@ -42,10 +44,13 @@ def all_legal() -> list[Case]:
         case = dict(zip(SETTINGS, values, strict=True))
         if num_ranks(case) > 4:
             continue
-        if (case["cp_size"] == 1 and case["context"] != "heads") or (
-            case["tp_size"] == 1 and case["sequence_parallel"]
-        ):
-            continue  # a setting without effect
+        has_no_effect = (
+            (case["cp_size"] == 1 and case["context"] != "heads")
+            or (case["tp_size"] == 1 and case["sequence_parallel"])
+            or (case["pp_size"] == 1 and case["pp_schedule"] != "one_f_one_b")
+        )
+        if has_no_effect:
+            continue
         if not problems(layout_of(case)):
             found.append(case)
     return found
@@ -56,17 +61,21 @@ def num_ranks(case: Case) -> int:
 
 
 def micro_rows(case: Case) -> int:
-    """One micro batch a step, and two once the batch has doubled."""
-    return int(engine_worker.ROWS // case["dp_size"])
+    """One micro batch a step, or as few as a schedule takes; and twice as many once the batch has doubled."""
+    num_micro = 2 * case["pp_size"] if case["pp_schedule"] == "dual_pipe_v" else 1
+    return int(engine_worker.ROWS // (case["dp_size"] * num_micro))
 
 
 def layout_of(case: Case) -> Layout:
     model = engine_worker.MODELS[case["family"]]
-    sizes = {key: value for key, value in case.items() if key not in ("family", "engine", "context")}
+    sizes = {key: value for key, value in case.items() if key in Layout.__dataclass_fields__}
     return Layout(
-        **sizes,
-        engine=EngineKind[case["engine"]],
-        context=ContextKind[case["context"]],
+        **sizes
+        | {
+            "engine": EngineKind[case["engine"]],
+            "context": ContextKind[case["context"]],
+            "pp_schedule": PipelineSchedule[case["pp_schedule"]],
+        },
         precision="fp32",
         optimizer="adamw",
         device="cpu",
@@ -102,6 +111,7 @@ def name_of(case: Case) -> str:
         f"{axis}{case[f'{axis}_size']}" for axis in ("pp", "dp", "cp", "tp") if case[f"{axis}_size"] > 1
     )
     extras = "-sp" * case["sequence_parallel"] + "-ring" * (case["context"] == "sequence")
+    extras += "-dual" * (case["pp_schedule"] == "dual_pipe_v")
     return f"{case['family']}-{case['engine']}-{axes or 'one'}-zero{case['zero_stage']}{extras}"
 
 
@@ -129,7 +139,7 @@ def results(which: str, ranks: int) -> dict[str, Any] | str:
     mine = {name: worker_case(cases[name]) for name in ordered if num_ranks(cases[name]) == ranks}
     try:
         told: dict[str, Any] = run_ranks(WORKER, json.dumps(mine), num_ranks=ranks, timeout_s=3000)[0]
-    except AssertionError as error:
+    except LLMTrainError as error:
         return str(error)
     return told
 
@@ -148,6 +158,9 @@ def compare(which: str, name: str) -> None:
     np.testing.assert_allclose(told["grad_norm"], expected["grad_norm"], rtol=1e-5)
     # 10 AdamW updates amplify the order of fp32 sums where a gradient is near zero
     np.testing.assert_allclose(told["checksum"], expected["checksum"], rtol=1e-4, atol=1e-3)
+    held_out, num_targets = expected["held_out_by_rows"][case["dp_size"] * micro_rows(case)]
+    assert told["held_out"][1] == num_targets
+    np.testing.assert_allclose(told["held_out"][0], held_out, rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", SAMPLE)

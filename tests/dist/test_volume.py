@@ -43,6 +43,13 @@ TWO_RANKS = {
     },
     "pp": {"pp_size": 2},
     "pp, bf16, tied": {"pp_size": 2, "precision": "bf16", "model": {"tie_embeddings": True}},
+    "pp, dual, tied": {
+        "pp_size": 2,
+        "pp_schedule": "dual_pipe_v",
+        "num_micro_batches": 4,
+        "recompute_every": 2,
+        "model": {"num_layers": 4, "tie_embeddings": True},
+    },
     "ZeRO-0": {"zero_stage": 0, "model": ODD},
     "ZeRO-1": {"zero_stage": 1, "model": ODD},
     "ZeRO-1, bf16": {"zero_stage": 1, "precision": "bf16", "model": ODD},
@@ -68,7 +75,11 @@ FOUR_RANKS = {
 }
 
 
-@pytest.mark.parametrize(("num_ranks", "cases"), [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)], ids=["two", "four"])
+@pytest.mark.parametrize(
+    ("num_ranks", "cases"),
+    [(2, TWO_RANKS), pytest.param(4, FOUR_RANKS, marks=pytest.mark.slow)],
+    ids=["two", "four"],
+)
 def test_counted_bytes_equal_the_formulas(num_ranks, cases):
     told = run_ranks(WORKER, json.dumps(cases), num_ranks=num_ranks, timeout_s=280)
     differing = {

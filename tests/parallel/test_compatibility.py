@@ -19,7 +19,7 @@ from llmtrain.parallel.compatibility import (
     problems,
     warnings,
 )
-from llmtrain.parallel.config import ContextKind, EngineKind
+from llmtrain.parallel.config import ContextKind, EngineKind, PipelineSchedule
 
 ONE_RANK = Layout(
     engine=EngineKind.deepspeed,
@@ -51,6 +51,7 @@ def layout(**changes: Any) -> Layout:
 
 ACCELERATE = {"engine": EngineKind.accelerate, "zero_stage": 2}
 RING = {"context": ContextKind.sequence}
+DUAL = {"pp_schedule": PipelineSchedule.dual_pipe_v}
 
 BROKEN = {  # rule -> layouts that break it and no other, each with its message
     "pipeline_with_zero_2_or_3": [
@@ -71,6 +72,21 @@ BROKEN = {  # rule -> layouts that break it and no other, each with its message
             "parallel.pp_size=2 with parallel.zero_stage=0: each pipeline stage would clip by the norm of "
             "its own gradients; set parallel.zero_stage=1",
         )
+    ],
+    "few_micro_batches_for_dual_pipe_v": [
+        (
+            {**DUAL, "pp_size": 2, "dp_size": 8},
+            "parallel.pp_schedule=dual_pipe_v wants 2 * parallel.pp_size = 4 micro batches a step and rank "
+            "or more, of train.micro_batch_rows=2 rows, and train.global_batch_rows=48 is 3; raise it to 64, "
+            "lower train.micro_batch_rows, or set parallel.pp_schedule=one_f_one_b",
+        ),
+        (
+            {**DUAL, "pp_size": 2, "rows_per_step": (4, 6, 48)},
+            "parallel.pp_schedule=dual_pipe_v wants 2 * parallel.pp_size = 4 micro batches a step and rank "
+            "or more, of train.micro_batch_rows=2 rows, and train.batch_ramp[0].rows=4 is 2, "
+            "train.batch_ramp[1].rows=6 is 3; raise it to 8, lower train.micro_batch_rows, or set "
+            "parallel.pp_schedule=one_f_one_b",
+        ),
     ],
     "half_precision_with_zero_0": [
         (
@@ -231,7 +247,12 @@ BROKEN = {  # rule -> layouts that break it and no other, each with its message
             {"pp_size": 6},
             "parallel.pp_size=6 is more than model.num_layers=4: a pipeline stage holds at least one block; "
             "set parallel.pp_size=4 or less",
-        )
+        ),
+        (
+            {**DUAL, "pp_size": 3},
+            "2 * parallel.pp_size=3 = 6 (pp_schedule=dual_pipe_v) is more than model.num_layers=4: a "
+            "pipeline stage holds at least one block; set parallel.pp_size=2 or less",
+        ),
     ],
     "rows_over_data": [
         (
@@ -270,6 +291,8 @@ LEGAL = [
     {"zero_stage": 3, "tp_size": 4, "dp_size": 2, "sequence_parallel": True},
     {"pp_size": 4, "tp_size": 2, "cp_size": 3, "dp_size": 2, "sequence_parallel": True},
     {"pp_size": 2, "optimizer": "muon"},
+    {**DUAL, "pp_size": 2, "rows_per_step": (8, 48)},
+    {**DUAL, "rows_per_step": (2,), "num_layers": 1},  # no pipeline
     {"pp_size": 2, "precision": "bf16", "tie_embeddings": True},
     {"optimizer": "muon", "zero_stage": 2, "tp_size": 4},
     {"optimizer": "muon", "zero_stage": 0},
@@ -330,6 +353,7 @@ def test_all_problems_are_told_at_once() -> None:
             ["parallel.sequence_parallel=true has no effect at parallel.tp_size=1"],
         ),
         (RING, ["parallel.context=sequence has no effect at parallel.cp_size=1"]),
+        (DUAL, ["parallel.pp_schedule=dual_pipe_v has no effect at parallel.pp_size=1"]),
         ({"sequence_parallel": True, "tp_size": 2, **RING, "cp_size": 2}, []),
         ({"pp_size": 4, "dp_size": 6}, []),  # 4 micro batches
         (
@@ -356,6 +380,7 @@ ASKED = [
     layout(optimizer="muon", num_heads=6, num_kv_heads=6),
     layout(precision="bf16", rows_per_step=(8, 48), vocab_size=250),
     layout(engine=EngineKind.accelerate, zero_stage=0, seq_len=98),
+    layout(**DUAL, rows_per_step=(16, 48)),
 ]
 
 

@@ -22,7 +22,7 @@ from llmtrain.errors import EXIT_FAILED, ConfigError, DataError, LaunchError, LL
 from llmtrain.loader.config import LoaderConfig
 from llmtrain.model.config import Family, ModelConfig
 from llmtrain.parallel.compatibility import problems
-from llmtrain.parallel.config import ContextKind, ParallelConfig
+from llmtrain.parallel.config import ContextKind, ParallelConfig, PipelineSchedule
 from llmtrain.train import verify
 from llmtrain.train.certificate import belongs_to, certificate_path, missing, read_certificate
 from llmtrain.train.check import check_train, layout_of
@@ -70,12 +70,20 @@ def root(folder: Path | str = "nowhere", **changes: Any) -> TrainRoot:
 
 @pytest.mark.parametrize("model", [LLAMA_8B, replace(LLAMA_8B, num_kv_heads=1), replace(GPT2, num_heads=16)])
 @pytest.mark.parametrize("context", list(ContextKind))
+@pytest.mark.parametrize("pp_schedule", list(PipelineSchedule))
 def test_every_legal_layout_shrinks_to_a_legal_one_of_few_ranks_with_its_relations(
-    model: ModelConfig, context: ContextKind
+    model: ModelConfig, context: ContextKind, pp_schedule: PipelineSchedule
 ) -> None:
     num_seen = 0
     for pp, dp, cp, tp in itertools.product((1, 2, 4), (1, 2, 8), (1, 2, 4), (1, 2, 4, 8, 16)):
-        parallel = ParallelConfig(pp_size=pp, cp_size=cp, tp_size=tp, context=context, sequence_parallel=True)
+        parallel = ParallelConfig(
+            pp_size=pp,
+            pp_schedule=pp_schedule,
+            cp_size=cp,
+            tp_size=tp,
+            context=context,
+            sequence_parallel=True,
+        )
         cfg = root(model=model, parallel=parallel)
         if problems(replace(layout_of(cfg, device=None), dp_size=dp)):
             continue
@@ -88,7 +96,8 @@ def test_every_legal_layout_shrinks_to_a_legal_one_of_few_ranks_with_its_relatio
         assert shape.tie_embeddings == model.tie_embeddings
         assert shape.family == model.family
         if run.pp_size == pp:
-            assert (shape.num_layers % pp == 0) == (model.num_layers % pp == 0)
+            num_stages = pp * (pp_schedule.stages_per_rank if pp > 1 else 1)
+            assert (shape.num_layers % num_stages == 0) == (model.num_layers % num_stages == 0)
         if pp * cp * tp * min(dp, 2) <= 8:
             assert (run.pp_size, run.cp_size, run.tp_size) == (pp, cp, tp)
             assert small.num_ranks // (pp * cp * tp) >= min(dp, 2)
@@ -138,6 +147,9 @@ def test_accumulation_and_a_ramp_are_kept_in_kind() -> None:
     )
     small = shrink(cfg, num_ranks=4).cfg
     assert [rows // (small.train.micro_batch_rows * 4) for rows in small.batch_sizes.sizes] == [2, 3]
+    dual = ParallelConfig(pp_size=2, pp_schedule=PipelineSchedule.dual_pipe_v)
+    small = shrink(replace(cfg, parallel=dual), num_ranks=4).cfg
+    assert [rows // (small.train.micro_batch_rows * 2) for rows in small.batch_sizes.sizes] == [4, 5]
     one = TrainConfig(total_tokens=10**9, global_batch_rows=16, micro_batch_rows=4)
     small = shrink(root(train=one), num_ranks=4).cfg
     assert small.train.global_batch_rows == 4 * small.train.micro_batch_rows
