@@ -54,8 +54,17 @@ NAMED_ONLY_IN = {  # other people's package -> the only files or folders that ma
     "omegaconf": {"cli/"},
 }
 NO_TORCH_ROOMS = {"data", "planner", "launch", "tracking", *BASE}
-NO_TORCH_FILES = {"model/size.py", "model/partition.py", "parallel/topology.py", "parallel/compatibility.py"}
-LIGHT_VERBS = {"cli.plan", "cli.data", "cli.report", "cli.train", "cli.main", "cli.compose"}
+NO_TORCH_FILES = {
+    "model/size.py",
+    "model/partition.py",
+    "parallel/balance.py",
+    "parallel/compatibility.py",
+    "parallel/topology.py",
+    "parallel/volume.py",
+    "train/certificate.py",
+    "train/shrink.py",
+}
+LIGHT_VERBS = {"cli.plan", "cli.data", "cli.report", "cli.train", "cli.verify", "cli.main", "cli.compose"}
 """Verbs that login and CPU nodes run; `train` among them for check_only=true."""
 
 

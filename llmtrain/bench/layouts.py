@@ -56,6 +56,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp by sequence": {"cp_size": 2, "context": "sequence"},
     "pp": {"pp_size": 2},
     "pp, bf16, tied": {"pp_size": 2, "precision": "bf16", "model": {"tie_embeddings": True}},
+    "pp, two stages a rank": {
+        "pp_size": 2,
+        "pp_schedule": "dual_pipe_v",
+        "num_micro_batches": 4,
+        "model": {"num_layers": 4, "tie_embeddings": True},
+    },
     "ZeRO-0": {"zero_stage": 0},
     "ZeRO-1": {"zero_stage": 1},
     "ZeRO-2": {"zero_stage": 2},
