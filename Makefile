@@ -27,11 +27,14 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup
 	@launch/demo.sh
 
+# Two at a time, whatever the machine has: many tests start two to four processes of their own.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu" --timeout 3600
 
 lint: setup
 	$(BIN)/ruff format --check
