@@ -20,6 +20,7 @@ MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted
     "loader": {"loader", "data.config", "data.shards", "data.manifest", "data.pack"},
     "model": {"model"},
     "parallel": {"parallel"},
+    "checkpoint": {"checkpoint"},
     "planner": {
         "planner",
         "model.config",
@@ -32,7 +33,16 @@ MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted
     "export": {"export", "model", "data.tokenizer"},
     "tracking": {"tracking", "data.manifest", "model.config", "model.size", "planner.plan", "planner.laws"},
     "launch": {"launch", "parallel.config", "parallel.topology"},
-    "train": {"train", "data.manifest", "loader", "model", "parallel", "inference", "tracking"},
+    "train": {
+        "train",
+        "checkpoint",
+        "data.manifest",
+        "loader",
+        "model",
+        "parallel",
+        "inference",
+        "tracking",
+    },
 }
 MAY_IMPORT_EVERYTHING = {"cli", "bench"}
 
@@ -53,7 +63,7 @@ NAMED_ONLY_IN = {  # other people's package -> the only files or folders that ma
     "hydra": {"cli/"},
     "omegaconf": {"cli/"},
 }
-NO_TORCH_ROOMS = {"data", "planner", "launch", "tracking", *BASE}
+NO_TORCH_ROOMS = {"data", "planner", "launch", "tracking", "checkpoint", *BASE}
 NO_TORCH_FILES = {
     "model/size.py",
     "model/partition.py",

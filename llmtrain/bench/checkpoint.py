@@ -15,7 +15,9 @@ import torch
 import xxhash
 
 from llmtrain.bench.table import BenchConfig, Row
-from llmtrain.train.checkpoint import CheckpointReader, Piece, save_checkpoint
+from llmtrain.checkpoint.format import Piece
+from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.write import save_checkpoint
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 TENSOR_BYTES = 16 << 20

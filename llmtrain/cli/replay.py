@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from llmtrain.checkpoint.find import checkpoint_path, list_checkpoints
 from llmtrain.cli.compose import run_verb
 from llmtrain.cli.past_step import TracedRow, excerpt, traced
 from llmtrain.cli.restore import Precision, load_weights
@@ -31,7 +32,6 @@ from llmtrain.loader.replay import PastRun, StepRow
 from llmtrain.model.transformer import Transformer
 from llmtrain.progress import progress
 from llmtrain.tracking.metrics import read_metrics
-from llmtrain.train.checkpoint import checkpoint_path, list_checkpoints
 from llmtrain.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from llmtrain.checkpoint.find import newest_checkpoint
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.cli.run_config import data_folder_of
 from llmtrain.data.manifest import Manifest, read_manifest
 from llmtrain.data.tokenizer.load import load_tokenizer
@@ -16,7 +18,6 @@ from llmtrain.data.tokenizer.tokenizer import Tokenizer
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.transformer import Transformer
-from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
 
 
 class Precision(Enum):

@@ -43,16 +43,16 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
+from llmtrain.checkpoint.format import FlatSource, Piece
 from llmtrain.loader.batches import Batch
 from llmtrain.model.block import Block
 from llmtrain.model.seams import Seams
 from llmtrain.model.transformer import Transformer
-from llmtrain.train.checkpoint import FlatSource, Piece
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
-from llmtrain.train.engine import StepResult, even_share
+from llmtrain.train.engine import StepResult
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
-from llmtrain.train.placement import Placement, compile_blocks
+from llmtrain.train.placement import Placement, compile_blocks, even_share
 from llmtrain.train.ranks import sum_once
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from llmtrain import files
+from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.write import save_checkpoint
 from llmtrain.data.manifest import verify
 from llmtrain.errors import EXIT_FAILED, DiskError, LLMTrainError
 from llmtrain.files import FolderLock
@@ -28,7 +30,6 @@ from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.train.check import check_train
-from llmtrain.train.checkpoint import CheckpointReader, save_checkpoint
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine

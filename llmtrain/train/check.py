@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmtrain import files
+from llmtrain.checkpoint.find import list_checkpoints
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.manifest import verify as verify_files
 from llmtrain.errors import ConfigError, DataError, LLMTrainError
@@ -21,7 +23,6 @@ from llmtrain.parallel.compatibility import Layout, describe, explain, warnings
 from llmtrain.parallel.config import EngineKind
 from llmtrain.parallel.deepspeed_keys import check_extra
 from llmtrain.train.certificate import certificate_path, missing
-from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.deepspeed_config import our_keys
 from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from

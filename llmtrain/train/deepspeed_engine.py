@@ -25,16 +25,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import AdamW
 
+from llmtrain.checkpoint.format import FlatSource, Piece
 from llmtrain.loader.batches import Batch
 from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.mpu import Mpu
-from llmtrain.train.checkpoint import FlatSource, Piece
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
-from llmtrain.train.engine import StepResult, even_share
+from llmtrain.train.engine import StepResult
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
-from llmtrain.train.placement import Placement, compile_blocks
+from llmtrain.train.placement import Placement, compile_blocks, even_share
 from llmtrain.train.ranks import sum_once
 
 if not torch.cuda.is_available():
@@ -215,16 +215,14 @@ class DeepSpeedEngine:
         # The optimizer has no state before its first update, which fp16's overflows put off.
         for kind in ("weight", *self.state_kinds) if self.num_optimizer_steps else ("weight",):
             for name, start, held in self._fragments(kind):
-                if not self.placement.answers_for(name):
-                    continue
-                values = held
+                begin, end = 0, held.numel()
                 if self.zero_stage == 0:  # every data rank holds everything, and answers for an equal share
-                    begin, end = even_share(held.numel(), self.data.rank, self.data.size)
-                    start, values = start + begin, held[begin:end]
-                if values.numel():
-                    array = values.float().cpu().numpy()
+                    begin, end = even_share(end, self.data.rank, self.data.size)
+                first, last = self.placement.share_of(name, end - begin)
+                if first < last:
+                    array = held[begin + first : begin + last].float().cpu().numpy()
                     shape = self.placement.shapes[name]
-                    yield Piece(kind=kind, name=name, shape=shape, start=start, values=array)
+                    yield Piece(kind=kind, name=name, shape=shape, start=start + begin + first, values=array)
 
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
         """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
+from llmtrain.checkpoint.format import FlatSource, Piece
 from llmtrain.loader.batches import Batch
-from llmtrain.train.checkpoint import FlatSource, Piece
 from llmtrain.train.placement import Placement
 
 
@@ -55,8 +55,3 @@ class Engine(Protocol):
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
         """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
         `source`."""
-
-
-def even_share(numel: int, rank: int, num_ranks: int) -> tuple[int, int]:
-    """The half-open range of `numel` elements that `rank` answers for when all ranks hold all of them."""
-    return numel * rank // num_ranks, numel * (rank + 1) // num_ranks

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from llmtrain.checkpoint.format import FlatSource
 from llmtrain.loader.batches import Batch
 from llmtrain.loader.dataset import NO_TARGET
 from llmtrain.model import recompute
@@ -29,7 +30,6 @@ from llmtrain.parallel.config import ContextKind, ParallelConfig, PipelineSchedu
 from llmtrain.parallel.groups import Axis, Groups, split_axis
 from llmtrain.parallel.mpu import mark_for_norm
 from llmtrain.parallel.vocab_loss import vocab_parallel_sum_cross_entropy
-from llmtrain.train.checkpoint import FlatSource
 from llmtrain.train.config import Recompute, TrainConfig
 
 
@@ -73,6 +73,11 @@ def fresh_weights(placement: Placement, *, seed: int) -> FlatSource:
         return last[name][start : start + length]
 
     return source
+
+
+def even_share(numel: int, rank: int, num_ranks: int) -> tuple[int, int]:
+    """The half-open range of `numel` elements that `rank` answers for when all ranks hold all of them."""
+    return numel * rank // num_ranks, numel * (rank + 1) // num_ranks
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,13 @@ class Placement:
         """Where this rank's weight begins in the flattened whole one."""
         return self.part(name).range_of(math.prod(self.shapes[name]))[0]
 
-    def answers_for(self, name: str) -> bool:
-        """Whether a checkpoint takes this weight from this tp rank and pipeline stage."""
-        is_second_tied = name == "embedding.weight" and not self.spans[0].has_embedding
-        return self.part(name).copy == 0 and not is_second_tied
+    def share_of(self, name: str, numel: int) -> tuple[int, int]:
+        """Of `numel` elements that this rank holds of a weight, the half-open range that a checkpoint takes
+        from it: tp ranks with copies of them each give an equal share."""
+        if name == "embedding.weight" and not self.spans[0].has_embedding:
+            return 0, 0  # tied: the first stage gives its copy
+        part = self.part(name)
+        return even_share(numel, part.copy, part.num_copies)
 
     def prepare(self, model: nn.Module) -> None:
         """Once the weights have memory: what DeepSpeed's norm counts, and which gradients are sums."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmtrain.checkpoint.find import newest_checkpoint
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.tracking.metrics import read_lines
-from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
 from llmtrain.train.config import Intent, RunConfig
 
 

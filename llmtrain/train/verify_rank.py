@@ -28,6 +28,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from llmtrain import rng
+from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.write import save_checkpoint
 from llmtrain.loader.batches import Batch, to_batch
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.model.config import ModelConfig
@@ -35,7 +37,6 @@ from llmtrain.model.init import initial_weight
 from llmtrain.parallel.config import EngineKind
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
-from llmtrain.train.checkpoint import CheckpointReader, save_checkpoint
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.engine import Engine, StepResult
 from llmtrain.train.engines import open_engine

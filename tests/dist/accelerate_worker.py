@@ -21,7 +21,7 @@ from llmtrain.parallel.config import EngineKind, ParallelConfig
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
 from llmtrain.train.accelerate_engine import AccelerateEngine
-from llmtrain.train.checkpoint import FlatSource
+from llmtrain.checkpoint.format import FlatSource
 from llmtrain.train.config import Precision, TrainConfig
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks

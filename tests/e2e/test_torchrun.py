@@ -13,9 +13,10 @@ import psutil
 import pytest
 from data_folder import train_arguments, wait_for, write_data_folder
 
+from llmtrain.checkpoint.find import newest_checkpoint
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.tracking.metrics import read_metrics
-from llmtrain.train.checkpoint import CheckpointReader, newest_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

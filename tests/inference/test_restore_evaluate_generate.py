@@ -20,6 +20,8 @@ import zstandard
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from llmtrain.checkpoint.format import Piece
+from llmtrain.checkpoint.write import save_checkpoint
 from llmtrain.cli.evaluate import EvaluateRoot, compressed_sizes, evaluate
 from llmtrain.cli.generate import GenerateRoot, generate_text, stream_text, with_prompt_quoted
 from llmtrain.cli.restore import Precision, load_transformer
@@ -34,7 +36,6 @@ from llmtrain.files import plain
 from llmtrain.model.config import ModelConfig
 from llmtrain.model.init import build_transformer
 from llmtrain.tracking.facts import record_start
-from llmtrain.train.checkpoint import Piece, save_checkpoint
 
 SEQ_LEN = 64
 VOCAB_SIZE = 320
@@ -179,10 +180,10 @@ def test_a_place_without_a_checkpoint_is_named(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused_by_name_and_passed_over_in_a_run(make_run: MakeRun) -> None:
     run = make_run(steps=(4, 12))
     damaged = run / "checkpoints" / "step-00000012"
-    content = bytearray((damaged / "rank-00000.bin").read_bytes())
+    content = bytearray((damaged / "rank-00000.safetensors").read_bytes())
     content[1000] ^= 1
-    (damaged / "rank-00000.bin").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"rank-00000\.bin is damaged"):
+    (damaged / "rank-00000.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors is damaged"):
         load_transformer(damaged)
     assert load_transformer(run).step == 4
 

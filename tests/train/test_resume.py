@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from data_folder import Finished, train_arguments, wait_for, write_data_folder
 
+from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import hash_file
 from llmtrain.tracking.metrics import read_lines, read_metrics
-from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     from conftest import Launcher

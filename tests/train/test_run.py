@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 from data_folder import train_arguments, wait_for, write_data_folder
 
+from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import FolderLock
 from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
 from llmtrain.tracking.metrics import read_metrics
-from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
 
 if TYPE_CHECKING:
     from conftest import Finished, Launcher
@@ -174,7 +175,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_name_and_loses_nothing(
 def damaged(finished: Finished, folder: Path) -> Path:
     """Copy the finished run; return the rank file of its newest checkpoint."""
     shutil.copytree(finished.folder, folder)
-    return folder / "checkpoints/step-00000012/rank-00000.bin"
+    return folder / "checkpoints/step-00000012/rank-00000.safetensors"
 
 
 @pytest.mark.parametrize("how", ["flipped byte", "missing file"])

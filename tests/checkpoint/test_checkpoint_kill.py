@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmtrain.train.checkpoint import CheckpointReader, list_checkpoints, newest_checkpoint
+from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint
+from llmtrain.checkpoint.read import CheckpointReader
 
 NUM_KILLS = 20
 KEEP = 2
@@ -19,7 +20,10 @@ SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
 import numpy as np
-from llmtrain.train.checkpoint import CheckpointReader, Piece, newest_checkpoint, save_checkpoint
+from llmtrain.checkpoint.find import newest_checkpoint
+from llmtrain.checkpoint.format import Piece
+from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.write import save_checkpoint
 
 folder = Path(sys.argv[1])
 newest = newest_checkpoint(folder)
