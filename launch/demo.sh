@@ -12,7 +12,7 @@ if [[ ${DEMO_SCALE:-} == short ]]; then
     name=demo_short data=data/python_docs_short kill_at=10
     text=("out=$data" corpus.max_text_bytes=6000000)
     size=("run.name=$name" "data.folder=$data" train.total_tokens=32768 schedule.warmup_tokens=4096
-          train.eval_every_steps=8 train.save_every_steps=4)
+          train.eval_every_steps=8 save.every_steps=4)
 fi
 run=runs/$name
 

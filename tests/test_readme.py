@@ -35,7 +35,7 @@ BLOCK = re.compile(
 
 SHORTER = {
     "launch/single_node.sh": "train.total_tokens=4096 schedule.warmup_tokens=1024 data.max_epochs=1000"
-    " train.eval_rows=2 train.save_every_steps=2",
+    " train.eval_rows=2 save.every_steps=2",
 }
 """What the test adds to a command so that it ends in seconds; the rest of the line stays."""
 

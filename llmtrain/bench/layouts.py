@@ -40,6 +40,7 @@ from llmtrain.parallel.topology import Topology
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
 from llmtrain.train.deepspeed_engine import DeepSpeedEngine, join_deepspeed
+from llmtrain.train.engine import fill
 from llmtrain.train.optimizer import build_optimizer
 from llmtrain.train.placement import Placement, fresh_weights, place
 from llmtrain.train.ranks import join_ranks
@@ -235,8 +236,7 @@ def fresh_model(setting: Setting) -> torch.nn.Module:
     source = fresh_weights(setting.placement, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = torch.from_numpy(source("weight", name, 0, parameter.numel()))
-            parameter.copy_(values.view_as(parameter))
+            fill(parameter.detach().view(-1), source, "weight", name, 0)
     return model
 
 

@@ -6,6 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.format import MARKER_FILE, STEP_NAME, TEMPORARY_PREFIX, some
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import CheckpointError
@@ -25,6 +26,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
         there = f"it holds {', '.join(map(str, steps))}" if steps else "it holds no checkpoint"
         raise CheckpointError(f"no checkpoint of step {step} in {folder}; {there}")
     return _step_folders(folder)[step]
+
+
+def newest_folder(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`, whole or not; None if there is none."""
+    folders = _step_folders(folder)
+    return folders[max(folders)] if folders else None
 
 
 def newest_checkpoint(folder: Path, *, verify: bool = True) -> Path | None:
@@ -66,11 +73,37 @@ def _step_folders(folder: Path) -> dict[int, Path]:
     return found
 
 
-def retire(folder: Path, *, step: int, keep: int) -> None:
-    """Delete the checkpoints before `step` but for the newest `keep - 1`."""
+def retire(folder: Path, *, step: int, config: SaveConfig) -> None:
+    """Delete the checkpoints before `step` that `config` does not keep."""
     earlier = [older for older in list_checkpoints(folder) if older < step]
-    for older in earlier[: max(0, len(earlier) - (keep - 1))]:
-        remove(checkpoint_path(folder, older))
+    kept = _kept(folder, [*earlier, step], config)
+    for older in earlier:
+        if older not in kept:
+            remove(checkpoint_path(folder, older))
+
+
+def _kept(folder: Path, steps: list[int], config: SaveConfig) -> set[int]:
+    kept = set(steps[-config.keep_last :])
+    if not (config.keep_every_tokens or config.keep_best):
+        return kept
+    states = {}
+    for step in steps:
+        try:
+            states[step] = CheckpointReader(checkpoint_path(folder, step)).state
+        except CheckpointError as error:
+            log.error("a damaged checkpoint stays, though nothing starts from it: %s", error)
+            kept.add(step)
+    if config.keep_every_tokens:
+        passed = 0
+        for step, state in states.items():
+            multiple = state["tokens"] // config.keep_every_tokens
+            if multiple > passed:
+                kept.add(step)
+            passed = max(passed, multiple)
+    losses = {
+        step: state["eval_loss"] for step, state in states.items() if state.get("eval_loss") is not None
+    }
+    return kept | set(sorted(losses, key=lambda step: (losses[step], step))[: config.keep_best])
 
 
 def remove(checkpoint: Path) -> None:

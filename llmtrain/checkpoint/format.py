@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -55,6 +55,22 @@ MAX_LISTED = 4
 """Ranks or tensors that a message names before it only counts the rest."""
 
 
+class Elsewhere(Protocol):
+    """Numbers that do not lie in host memory yet, 1-D. numpy takes them for an array, by copying them."""
+
+    ndim: int
+    size: int
+    dtype: np.dtype[Any]
+    itemsize: int
+    nbytes: int
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]: ...
+
+    def __getitem__(self, part: slice) -> Elsewhere: ...
+
+    def copy_into(self, into: np.ndarray[Any, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Piece:
     """A range of one logical tensor, owned by one rank."""
@@ -67,12 +83,13 @@ class Piece:
     """Shape of the whole logical tensor."""
     start: int
     """Where `values` begins in the flattened (row-major) logical tensor."""
-    values: np.ndarray[Any, Any]
+    values: np.ndarray[Any, Any] | Elsewhere
     """1-D. May be empty: that says only that the tensor exists."""
 
 
-FlatSource = Callable[[str, str, int, int], np.ndarray[Any, Any]]
-"""(kind, parameter name, start, length) -> that part of the flattened logical tensor."""
+FlatSource = Callable[[str, str, int, np.ndarray[Any, Any]], None]
+"""(kind, parameter name, start, into): fill the 1-D `into` with the flattened logical tensor's elements from
+`start` on."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from llmtrain.checkpoint.format import FORMAT_VERSION, MANIFEST_FILE, MARKER_FIL
 from llmtrain.errors import CheckpointError, unknown_name
 from llmtrain.units import format_bytes
 
-READ_BLOCK_BYTES = 4 << 20
+HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class CheckpointReader:
         self.state: dict[str, Any] = manifest["state"]
         self._files: list[Path] = [path / file["path"] for file in manifest["files"]]
         self._headers = [(file["header_bytes"], file["header_xxh3_128"]) for file in manifest["files"]]
-        self.num_bytes: int = sum(file["num_bytes"] for file in manifest["files"])
+        self._sizes: list[int] = [file["num_bytes"] for file in manifest["files"]]
+        self.num_bytes = sum(self._sizes)
         self._tensors = {
             kind: {
                 name: _Tensor(
@@ -73,15 +75,16 @@ class CheckpointReader:
             name: tensor.shape for by_name in self._tensors.values() for name, tensor in by_name.items()
         }
         """Name → logical shape, of every parameter that any kind holds."""
-        for file, expected in zip(self._files, manifest["files"], strict=True):
-            _check_size(file, expected["num_bytes"])
+        for file, expected in zip(self._files, self._sizes, strict=True):
+            _check_size(file, expected)
 
     def _open_manifest(self) -> dict[str, Any]:
         expected = _read_bytes(self.path / MARKER_FILE)
         content = _read_bytes(self.path / MANIFEST_FILE)
+        self.manifest_hash = hashlib.sha256(content).hexdigest()
         if expected != marker(content):
             raise CheckpointError(
-                f"{self.path / MANIFEST_FILE} has sha256 {hashlib.sha256(content).hexdigest()}, "
+                f"{self.path / MANIFEST_FILE} has sha256 {self.manifest_hash}, "
                 f"but {MARKER_FILE} beside it says "
                 f"{expected[:100].decode(errors='replace').strip()!r}: one of the two is damaged"
             )
@@ -93,6 +96,10 @@ class CheckpointReader:
                 f"{FORMAT_VERSION}; read it with the llmtrain that wrote it"
             )
         return manifest
+
+    def num_elements(self, kind: str) -> int:
+        """Of all tensors of a kind."""
+        return sum(math.prod(tensor.shape) for tensor in self._tensors.get(kind, {}).values())
 
     def dtype(self, kind: str, name: str) -> np.dtype[Any]:
         """Type of the stored numbers, little-endian."""
@@ -120,13 +127,24 @@ class CheckpointReader:
 
     def read_flat(self, kind: str, name: str, start: int, length: int) -> np.ndarray[Any, Any]:
         """Return `length` elements from `start` of the flattened tensor, from whatever pieces hold them."""
+        values = np.empty(max(0, length), dtype=self._tensor(kind, name).dtype)
+        self._fill(kind, name, start, length, values)
+        return values
+
+    def read_into(self, kind: str, name: str, start: int, into: np.ndarray[Any, Any]) -> None:
+        """Fill the 1-D `into` with elements from `start` of the flattened tensor: a FlatSource."""
+        if into.dtype == self._tensor(kind, name).dtype and into.flags.c_contiguous:
+            self._fill(kind, name, start, into.size, into)
+        else:
+            into[:] = self.read_flat(kind, name, start, into.size)
+
+    def _fill(self, kind: str, name: str, start: int, length: int, values: np.ndarray[Any, Any]) -> None:
         tensor = self._tensor(kind, name)
         if not 0 <= start <= start + length <= math.prod(tensor.shape):
             raise CheckpointError(
                 f"{self.path}: elements {start} to {start + length} asked of {kind} {name}, "
                 f"which has shape {list(tensor.shape)} of {math.prod(tensor.shape)} elements"
             )
-        values = np.empty(length, dtype=tensor.dtype)
         first = max(0, bisect.bisect_right(tensor.stored, start, key=lambda stored: stored.start) - 1)
         for stored in tensor.stored[first:]:
             if stored.start >= start + length:
@@ -136,24 +154,47 @@ class CheckpointReader:
                 continue
             into = values[begin - start : end - start].view(np.uint8).data
             path = self._files[stored.file]
+            at = stored.offset + (begin - stored.start) * tensor.dtype.itemsize
             with _open(path) as handle:
-                _read_into(handle, path, stored.offset + (begin - stored.start) * tensor.dtype.itemsize, into)
-            if end - begin == stored.length:
-                what = f"{kind} {name}[{begin}:{end}]"
-                _check_hash(path, stored.offset, xxhash.xxh3_128_hexdigest(into), stored.xxh3_128, what)
-        return values
+                if end - begin < stored.length:
+                    _read_into(handle, path, at, into)
+                    continue
+                found = _read_and_hash(handle, path, at, into)
+            _check_hash(path, at, found, stored.xxh3_128, f"{kind} {name}[{begin}:{end}]")
 
     def verify(self) -> None:
         """Compare every byte with its hash. CheckpointError names the file, the tensor and both hashes."""
-        by_file = [[(0, size, found, "its header")] for size, found in self._headers]
+        for at in range(len(self._files)):
+            for problem in self.problems_of(at):
+                raise CheckpointError(problem)
+
+    def files(self) -> list[tuple[Path, int, int]]:
+        """Path, bytes and number of pieces of every rank's file."""
+        tensors = [tensor for by_name in self._tensors.values() for tensor in by_name.values()]
+        num_pieces = Counter(stored.file for tensor in tensors for stored in tensor.stored)
+        sizes = zip(self._files, self._sizes, strict=True)
+        return [(path, num_bytes, num_pieces[at]) for at, (path, num_bytes) in enumerate(sizes)]
+
+    def problems_of(self, file: int) -> Iterator[str]:
+        """A sentence for every damaged piece of a file, which is read as a whole."""
+        rows = [(0, *self._headers[file], "its header")]
         for kind, by_name in self._tensors.items():
             for name, tensor in by_name.items():
-                for stored in tensor.stored:
-                    what = f"{kind} {name}[{stored.start}:{stored.start + stored.length}]"
-                    num_bytes = stored.length * tensor.dtype.itemsize
-                    by_file[stored.file].append((stored.offset, num_bytes, stored.xxh3_128, what))
-        for path, rows in zip(self._files, by_file, strict=True):
-            check_contents(path, sorted(rows))
+                rows += [
+                    (
+                        stored.offset,
+                        stored.length * tensor.dtype.itemsize,
+                        stored.xxh3_128,
+                        f"{kind} {name}[{stored.start}:{stored.start + stored.length}]",
+                    )
+                    for stored in tensor.stored
+                    if stored.file == file
+                ]
+        return damage(self._files[file], sorted(rows))
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Of every tensor of a kind, by name."""
+        return {name: tensor.shape for name, tensor in self._tensors.get(kind, {}).items()}
 
     def _tensor(self, kind: str, name: str) -> _Tensor:
         if kind not in self._tensors:
@@ -198,22 +239,42 @@ def _read_into(handle: IO[bytes], path: Path, offset: int, into: memoryview) -> 
         done += num_read
 
 
+def _read_and_hash(handle: IO[bytes], path: Path, offset: int, into: memoryview) -> str:
+    """xxh3_128 of what is read: in blocks, which the processor's caches still hold when they are hashed."""
+    digest = xxhash.xxh3_128()
+    for at in range(0, into.nbytes, HASH_BLOCK_BYTES):
+        part = into[at : at + HASH_BLOCK_BYTES]
+        _read_into(handle, path, offset + at, part)
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def check_contents(path: Path, rows: Sequence[tuple[int, int, str, str]]) -> None:
     """Compare a file with its (offset, bytes, xxh3_128, what) rows."""
-    block = memoryview(bytearray(READ_BLOCK_BYTES))
+    for problem in damage(path, rows):
+        raise CheckpointError(problem)
+
+
+def damage(path: Path, rows: Sequence[tuple[int, int, str, str]]) -> Iterator[str]:
+    """A sentence for each of the (offset, bytes, xxh3_128, what) rows that the file does not hold."""
+    block = memoryview(bytearray(HASH_BLOCK_BYTES))
     with _open(path) as handle:
         for offset, num_bytes, expected, what in rows:
             end = offset + num_bytes
             digest = xxhash.xxh3_128()
-            for at in range(offset, end, READ_BLOCK_BYTES):
-                part = block[: min(READ_BLOCK_BYTES, end - at)]
+            for at in range(offset, end, HASH_BLOCK_BYTES):
+                part = block[: min(HASH_BLOCK_BYTES, end - at)]
                 _read_into(handle, path, at, part)
                 digest.update(part)
-            _check_hash(path, offset, digest.hexdigest(), expected, what)
+            found = digest.hexdigest()
+            if found != expected:
+                yield _damaged(path, offset, found, expected, what)
 
 
 def _check_hash(path: Path, offset: int, found: str, expected: str, what: str) -> None:
     if found != expected:
-        raise CheckpointError(
-            f"{path} is damaged: {what} at byte {offset} has xxh3_128 {found}, the manifest says {expected}"
-        )
+        raise CheckpointError(_damaged(path, offset, found, expected, what))
+
+
+def _damaged(path: Path, offset: int, found: str, expected: str, what: str) -> str:
+    return f"{path} is damaged: {what} at byte {offset} has xxh3_128 {found}, the manifest says {expected}"

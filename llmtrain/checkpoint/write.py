@@ -12,12 +12,14 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
 import xxhash
 
+from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.find import clean, remove, retire
 from llmtrain.checkpoint.format import (
     MANIFEST_FILE,
@@ -34,10 +36,23 @@ from llmtrain.checkpoint.format import (
     to_json,
 )
 from llmtrain.checkpoint.read import CheckpointReader, check_contents
-from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.errors import CheckpointError
 from llmtrain.files import fsync_folder
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who saves together, and how they talk."""
+
+    rank: int
+    world_size: int
+    gather: Callable[[object], list[object]]
+    """Given a JSON value, returns every rank's, in rank order, on every rank."""
+
+
+ALONE = Ranks(0, 1, lambda value: [value])
 
 
 def save_checkpoint(
@@ -46,32 +61,25 @@ def save_checkpoint(
     step: int,
     pieces: Iterable[Piece],
     state: dict[str, Any],
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], None],
-    gather: Callable[[object], list[object]],
-    keep: int,
+    ranks: Ranks,
+    config: SaveConfig,
 ) -> Path:
     """Save `step` in `folder` as one transaction over all ranks, and return the checkpoint's path.
 
     Every rank calls this with the same `step`, and with the pieces that it owns. An older checkpoint of the
     same step is replaced.
 
-    Once the save is committed, checkpoints of earlier steps are deleted but for the newest `keep - 1`. The
-    one just saved was read back before its commit and is never deleted, nor are those of later steps, which
-    belong to a future that the run has gone back from.
+    Once the save is committed, checkpoints of earlier steps are deleted but for those that `config` keeps.
+    The one just saved was read back before its commit and is never deleted, nor are those of later steps,
+    which belong to a future that the run has gone back from.
 
     Args:
         state: What else a resume needs, as JSON; rank 0's is stored.
-        barrier: Returns when every rank has called it.
-        gather: Given a JSON value, returns every rank's, in rank order, on every rank.
 
     Raises:
         CheckpointError: On every rank when any rank fails (a full disk, pieces that overlap or leave a gap).
             Nothing is left of this save, and the earlier checkpoints are as they were.
     """
-    if keep < 1:
-        raise ConfigError(f"keep={keep} must be at least 1: the checkpoint just saved is always kept")
     temporary = folder / f"{TEMPORARY_PREFIX}{folder_name(step)}"
     final = folder / folder_name(step)
 
@@ -84,14 +92,14 @@ def save_checkpoint(
             cause = error
             known = isinstance(error, OSError | CheckpointError)
             failure = str(error) if known else f"{type(error).__name__}: {error}"
-        outcomes: list[Any] = gather({"failure": failure, "result": result})
+        outcomes: list[Any] = ranks.gather({"failure": failure, "result": result})
         failures = [
             f"rank {at}: {outcome['failure']}" for at, outcome in enumerate(outcomes) if outcome["failure"]
         ]
         if failures:
-            if rank == 0:
+            if ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
-            barrier()  # nobody tries again while rank 0 is still removing the folder
+            ranks.gather(None)  # nobody tries again while rank 0 is still removing the folder
             raise CheckpointError(
                 f"could not save step {step} in {folder}: {some(failures)}; "
                 "the earlier checkpoints there are untouched"
@@ -99,26 +107,26 @@ def save_checkpoint(
         return [outcome["result"] for outcome in outcomes]
 
     def prepare() -> list[int]:
-        if rank == 0:
+        if ranks.rank == 0:
             to_json(state)
             clean(folder)
             temporary.mkdir(parents=True)
-        return [step, world_size]
+        return [step, ranks.world_size]
 
     def write() -> dict[str, Any]:
-        if len(set(map(tuple, claims))) > 1 or len(claims) != world_size:
+        if len(set(map(tuple, claims))) > 1 or len(claims) != ranks.world_size:
             raise CheckpointError(f"the ranks disagree on [step, world_size]: {some(map(str, claims))}")
         if not temporary.is_dir():
             raise CheckpointError(
                 f"{temporary}, which rank 0 has just made, is not there on {socket.gethostname()}; "
                 "the run folder must be on a file system that all nodes share"
             )
-        return write_rank_file(temporary / file_name(rank), list(pieces))
+        return write_rank_file(temporary / file_name(ranks.rank), list(pieces))
 
     def commit() -> None:
-        if rank == 0:
+        if ranks.rank == 0:
             _commit(temporary, final, step=step, state=state, written=written)
-            retire(folder, step=step, keep=keep)
+            retire(folder, step=step, config=config)
 
     claims = agree(prepare)
     written = agree(write)

@@ -16,7 +16,7 @@ VERBS = {
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
     "replay": "a step of a past run through the model again: the loss of each document",
-    "inspect": "what shards or a run's ledger hold, and whether it is whole",
+    "inspect": "what shards, a checkpoint or a run's ledger hold, and whether it is whole",
     "report": "one self-contained report.html of a run or a data folder",
     "bench": "measure ourselves against the limit or a rival",
 }
@@ -26,6 +26,7 @@ PARTS = {
     "data import": "files of tokens of Megatron-LM, datatrove or OLMo to a data folder",
     "data export": "shards for Megatron-LM, datatrove or OLMo, as hard links",
     "inspect shards": "shards of tokens: what they hold, every byte checked",
+    "inspect checkpoint": "a checkpoint: what it holds, who wrote it, every byte checked",
     "inspect ledger": "that a run with its restarts took every row once",
     "data train-quality": "a classifier of good documents, in the format of fastText",
 }
@@ -36,7 +37,7 @@ NEED_A_PART = {"inspect"}
 
 def usage() -> str:
     lines = ["usage: llmtrain VERB [key=value ...]", ""]
-    lines += [f"  {verb:<18} {purpose}" for verb, purpose in sorted({**VERBS, **PARTS}.items(), key=_place)]
+    lines += [f"  {verb:<20} {purpose}" for verb, purpose in sorted({**VERBS, **PARTS}.items(), key=_place)]
     lines += ["", "`llmtrain VERB --help` shows every setting of a verb; `--cfg job` the composed config."]
     return "\n".join(lines)
 
@@ -62,7 +63,7 @@ def main() -> None:
         given = f"`{arguments[1]}`" if arguments[1:] else "nothing"
         parts = [part for part in PARTS if part.startswith(f"{verb} ")]
         print(f"error: `llmtrain {verb}` needs what to {verb}, and {given} came; there are", file=sys.stderr)
-        print("\n".join(f"  llmtrain {part:<18} {PARTS[part]}" for part in parts), file=sys.stderr)
+        print("\n".join(f"  llmtrain {part:<20} {PARTS[part]}" for part in parts), file=sys.stderr)
         sys.exit(2)
     name = " ".join(arguments[:words])
     module = importlib.import_module(f"llmtrain.cli.{name.replace(' ', '_').replace('-', '_')}")

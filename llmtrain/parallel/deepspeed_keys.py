@@ -100,7 +100,7 @@ REMOVED: dict[str, str] = {
     "eigenvalue": "",
     "elasticity": "llmtrain resumes on any number of ranks without it",
     "graph_harvesting": "",
-    "nebula": "llmtrain writes its own checkpoints, every train.save_every_steps",
+    "nebula": "llmtrain writes its own checkpoints, every save.every_steps",
     "progressive_layer_drop": "",
     "quantize_training": "",
     "sparse_attention": "",
@@ -111,7 +111,7 @@ REMOVED: dict[str, str] = {
 }
 """Keys of earlier versions, which 0.19.8 refuses with an exception -> what to do instead, if anything."""
 
-_CHECKPOINTS = "llmtrain writes its own checkpoints; set train.save_every_steps and train.keep_checkpoints"
+_CHECKPOINTS = "llmtrain writes its own checkpoints; set save.every_steps and save.keep_last"
 _LOOP = "llmtrain's loop records a run itself; set tracking.*"
 _PRECISION = "set train.precision"
 

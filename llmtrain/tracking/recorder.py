@@ -27,7 +27,7 @@ class Recorder(Protocol):
 
     def evaluation(self, step: int, **fields: object) -> None: ...
 
-    def checkpoint(self, step: int, **fields: object) -> None: ...
+    def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None: ...
 
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
@@ -41,7 +41,7 @@ class SilentRecorder:
 
     def evaluation(self, step: int, **fields: object) -> None: ...
 
-    def checkpoint(self, step: int, **fields: object) -> None: ...
+    def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None: ...
 
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
@@ -124,9 +124,12 @@ class RunRecorder:
     def evaluation(self, step: int, **fields: object) -> None:
         self._console.evaluation(self._write("eval", step, fields))
 
-    def checkpoint(self, step: int, **fields: object) -> None:
-        self._write("checkpoint", step, fields)
-        self._console.event(f"step {step}: checkpoint saved in {fields['save_s']:.2f} s")
+    def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None:
+        self._write("checkpoint", step, {"save_s": save_s, "wait_s": wait_s, "copy_s": copy_s})
+        stall_s = wait_s + copy_s
+        self._console.event(
+            f"step {step}: checkpoint saved in {save_s:.2f} s, for {stall_s:.2f} s of which training waited"
+        )
 
     def event(self, what: str, step: int, **fields: object) -> None:
         self._write("event", step, {"what": what, **fields})

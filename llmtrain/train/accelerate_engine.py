@@ -49,7 +49,7 @@ from llmtrain.model.block import Block
 from llmtrain.model.seams import Seams
 from llmtrain.model.transformer import Transformer
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
-from llmtrain.train.engine import StepResult
+from llmtrain.train.engine import StepResult, fill_all, for_checkpoint
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
@@ -206,18 +206,14 @@ class AccelerateEngine:
                     start, end = even_share(held.numel(), self.data.rank, self.data.size)
                     values = held[start:end]
                 if values.numel():
-                    array = values.cpu().numpy()
-                    shape = self.placement.shapes[name]
-                    yield Piece(kind=kind, name=name, shape=shape, start=start, values=array)
+                    yield Piece(kind, name, self.placement.shapes[name], start, for_checkpoint(values))
 
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
         """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
         `source`."""
         kinds = ("weight", *self.state_kinds) if num_optimizer_steps else ("weight",)
         self._create_optimizer_state(num_optimizer_steps)
-        for kind in kinds:
-            for name, start, held in self._fragments(kind):
-                held.copy_(torch.from_numpy(source(kind, name, start, held.numel())))
+        fill_all(((kind, *each) for kind in kinds for each in self._fragments(kind)), source)
         self.num_optimizer_steps = num_optimizer_steps
 
     def _create_optimizer_state(self, num_optimizer_steps: int) -> None:

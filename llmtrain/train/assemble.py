@@ -4,10 +4,13 @@ loop."""
 from __future__ import annotations
 
 import logging
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -15,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from llmtrain import files
+from llmtrain.checkpoint.format import some
 from llmtrain.checkpoint.read import CheckpointReader
-from llmtrain.checkpoint.write import save_checkpoint
+from llmtrain.checkpoint.saver import Saver
+from llmtrain.checkpoint.write import Ranks
 from llmtrain.data.manifest import verify
-from llmtrain.errors import EXIT_FAILED, DiskError, LLMTrainError
+from llmtrain.errors import EXIT_FAILED, CheckpointError, DiskError, LLMTrainError
 from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
@@ -31,7 +36,7 @@ from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.train.check import check_train
 from llmtrain.train.config import Intent, TrainRoot
-from llmtrain.train.engine import Engine
+from llmtrain.train.engine import CountedSource, Engine
 from llmtrain.train.engines import open_engine
 from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, train
 from llmtrain.train.optimizer import state_kinds
@@ -171,18 +176,12 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 *(MFU_CONVENTION, cfg.train.device_peak_tflops, cfg.train.device_peak_source),
             )
 
-        def save(*, step: int, position: int) -> None:
-            save_checkpoint(
-                folder.checkpoints,
-                step=step,
-                pieces=engine.pieces(),
-                state=_state(cfg, engine, data, start, position=position),
-                rank=rank,
-                world_size=world_size,
-                barrier=dist.barrier,
-                gather=_gather,
-                keep=cfg.train.keep_checkpoints,
-            )
+        saver = Saver(folder.checkpoints, _ranks_that_save(cfg), cfg.save)
+        stack.callback(saver.leave)
+
+        def save(progress: Progress, *, eval_loss: float | None) -> None:
+            state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss)
+            saver.save(progress.step, engine.pieces(), state)
 
         try:
             train(
@@ -194,6 +193,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 recorder,
                 ledger,
                 save,
+                saver,
                 stop,
                 start_up,
                 roll_call,
@@ -251,20 +251,22 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
     if start.checkpoint is None:
         engine.load(fresh_weights(engine.placement, seed=cfg.run.seed))
         return Progress(step=0, position=0)
-    reader = CheckpointReader(Path(start.checkpoint))
+    reader = _open_alike(Path(start.checkpoint))
     is_resume = cfg.run.intent is not Intent.warm_start
     num_updates = reader.state["num_optimizer_steps"] if is_resume else 0
-    for kind in ("weight", *engine.state_kinds) if num_updates else ("weight",):
+    kinds = ("weight", *engine.state_kinds) if num_updates else ("weight",)
+    for kind in kinds:
         shapes = {
             name: shape
             for name, shape in engine.placement.shapes.items()
             if kind == "weight" or kind in state_kinds(name, cfg.optimizer.kind)
         }
         reader.require(shapes, kinds=[kind])
+    source = CountedSource(reader.read_into)
+    engine.load(source, num_optimizer_steps=num_updates)
+    _check_loaded(reader, source, engine, kinds)
     if not is_resume:
-        engine.load(reader.read_flat)
         return Progress(step=0, position=0)
-    engine.load(reader.read_flat, num_optimizer_steps=num_updates)
     if engine.loss_scale is not None and reader.state["loss_scale"] is not None:
         engine.loss_scale = reader.state["loss_scale"]
     log.info(
@@ -273,11 +275,73 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
     return Progress(step=reader.step, position=reader.state["position"])
 
 
-def _state(cfg: TrainRoot, engine: Engine, data: OpenData, start: Start, *, position: int) -> dict[str, Any]:
+def _open_alike(path: Path) -> CheckpointReader:
+    """The checkpoint that every rank sees at `path`, if it is one and the same."""
+
+    def open_it() -> CheckpointReader:
+        try:
+            return CheckpointReader(path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; rank 0 has opened it, so this host ({socket.gethostname()}) sees another folder: "
+                "all must see the same run.folder"
+            ) from error
+
+    reader = _together(open_it)
+    hashes = cast(list[str], _gather(reader.manifest_hash))
+
+    def compare() -> None:
+        if others := [f"rank {at}: {found[:12]}" for at, found in enumerate(hashes) if found != hashes[0]]:
+            raise CheckpointError(
+                f"{path} is not the same on all ranks: rank 0 has a manifest of sha256 {hashes[0][:12]}, "
+                f"{some(others)}; all must see the same run.folder"
+            )
+
+    _from_rank_0(compare)
+    return reader
+
+
+def _check_loaded(
+    reader: CheckpointReader, source: CountedSource, engine: Engine, kinds: Sequence[str]
+) -> None:
+    """Every element of `kinds` is on the rank that answers for it."""
+    pieces = (piece for piece in engine.pieces() if piece.kind in kinds)
+    counts = cast(list[dict[str, int]], _gather(_together(lambda: source.count(pieces))))
+
+    def compare() -> None:
+        for kind in kinds:
+            loaded, there = sum(of_rank.get(kind, 0) for of_rank in counts), reader.num_elements(kind)
+            if loaded != there:
+                raise CheckpointError(
+                    f"{reader.path} has {there} elements of {kind}, and {loaded} were loaded: a fault in "
+                    "llmtrain, which stops here rather than train with what was there before"
+                )
+
+    _from_rank_0(compare)
+
+
+def _ranks_that_save(cfg: TrainRoot) -> Ranks:
+    """Over a group of their own: a thread talks while training does. Every rank calls this."""
+    world_size = dist.get_world_size()
+    timeout = timedelta(seconds=cfg.train.process_group_timeout_s)
+    group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+    return Ranks(dist.get_rank(), world_size, partial(_gather, group=group))
+
+
+def _state(
+    cfg: TrainRoot,
+    engine: Engine,
+    data: OpenData,
+    start: Start,
+    progress: Progress,
+    *,
+    eval_loss: float | None,
+) -> dict[str, Any]:
     """What a resume needs beside tensors, and what tells a reader how these weights came to be."""
     return {
-        "position": position,
-        "tokens": position * cfg.data.seq_len,
+        "position": progress.position,
+        "tokens": progress.position * cfg.data.seq_len,
+        "eval_loss": eval_loss,
         "num_optimizer_steps": engine.num_optimizer_steps,
         "loss_scale": engine.loss_scale,
         "attempt": start.attempt,
@@ -317,9 +381,11 @@ def _from_rank_0(work: Callable[[], Result]) -> Result:
     return cast(Result, told[0])
 
 
-def _gather(value: object) -> list[object]:
+def _gather(value: object, *, group: dist.ProcessGroup | None = None) -> list[object]:
+    if dist.get_world_size() == 1:
+        return [value]
     gathered: list[object] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

@@ -22,7 +22,7 @@ from llmtrain.train.config import TrainRoot
 CERTIFICATE_NAME = "certificate.json"
 FORMAT_VERSION = 1
 PACKAGES = ("llmtrain", "torch", "deepspeed", "accelerate", "numpy")
-ROOMS = ("model", "parallel", "train")
+ROOMS = ("checkpoint", "model", "parallel", "train")
 """Whose source enters: a certificate of other code says nothing."""
 MOST_LISTED = 4
 """Settings that a message names before it only counts the rest."""
@@ -34,8 +34,6 @@ FREE = {
         "total_tokens",
         "eval_every_steps",
         "eval_rows",
-        "save_every_steps",
-        "keep_checkpoints",
         "process_group_timeout_s",
         "device_peak_tflops",
         "device_peak_source",

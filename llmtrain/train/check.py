@@ -63,8 +63,7 @@ FREE_AT_RESUME = (
     "train.micro_batch_rows",
     "train.recompute_every",
     "train.recompute",
-    "train.keep_checkpoints",
-    "train.save_every_steps",
+    "save",
     "train.eval_every_steps",
     "train.eval_rows",
     "train.process_group_timeout_s",
@@ -193,9 +192,9 @@ def _check_schedule(cfg: TrainRoot, found: Findings) -> None:
             f"schedule.warmup_tokens + schedule.decay_tokens = {planned:,} is more than "
             f"train.total_tokens={cfg.train.total_tokens:,}; shorten them"
         )
-    if cfg.train.save_every_steps > cfg.total_steps:
+    if cfg.save.every_steps > cfg.total_steps:
         found.warnings.append(
-            f"train.save_every_steps={cfg.train.save_every_steps} is more than the run's "
+            f"save.every_steps={cfg.save.every_steps} is more than the run's "
             f"{cfg.total_steps} steps: the only checkpoint is the last one"
         )
     if cfg.train.eval_every_steps > cfg.total_steps:
@@ -375,13 +374,13 @@ def _check_disk(cfg: TrainRoot, found: Findings) -> None:
         return
     one = num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM
     there = list_checkpoints(RunFolder(folder).checkpoints)
-    more = max(1, cfg.train.keep_checkpoints + 1 - len(there))  # a new one is whole before the oldest goes
+    more = max(1, cfg.save.keep_last + 1 - len(there))  # a new one is whole before the oldest goes
     free = files.free_bytes(folder)
     if free < one * more:
         found.problems.append(
             f"not enough disk space in {existing}: {more} more checkpoints of {format_bytes(one)} need "
             f"{format_bytes(one * more)}, {format_bytes(free)} are free; make room, or lower "
-            f"train.keep_checkpoints"
+            f"save.keep_last"
         )
     else:
         found.facts.append(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 
+from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.errors import ConfigError
 from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.config import LoaderConfig
@@ -134,10 +135,6 @@ class TrainConfig:
     """Steps between held-out evaluations; 0: only after the last step."""
     eval_rows: int | None = None
     """Held-out rows of an evaluation inside the run, spread evenly over the split; null: all of them."""
-    save_every_steps: int = 1000
-    """Steps between checkpoints; one is also saved after the last step and at a stop signal."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that stay; the last verified one is never deleted."""
     process_group_timeout_s: float = 600.0
     """How long a rank waits for the others in a collective before it gives up."""
     start_up_silence_s: float = 25.0
@@ -154,8 +151,6 @@ class TrainConfig:
             "total_tokens",
             "global_batch_rows",
             "micro_batch_rows",
-            "save_every_steps",
-            "keep_checkpoints",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"train.{name}={getattr(self, name)} must be at least 1")
@@ -311,6 +306,7 @@ class TrainRoot:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     check_only: bool = False
     """Find every mistake that can be found without ranks, say them all, and start nothing."""

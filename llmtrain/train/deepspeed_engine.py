@@ -31,7 +31,7 @@ from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.mpu import Mpu
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
-from llmtrain.train.engine import StepResult
+from llmtrain.train.engine import StepResult, fill_all, for_checkpoint
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
@@ -220,9 +220,9 @@ class DeepSpeedEngine:
                     begin, end = even_share(end, self.data.rank, self.data.size)
                 first, last = self.placement.share_of(name, end - begin)
                 if first < last:
-                    array = held[begin + first : begin + last].float().cpu().numpy()
-                    shape = self.placement.shapes[name]
-                    yield Piece(kind=kind, name=name, shape=shape, start=start + begin + first, values=array)
+                    own = held[begin + first : begin + last]
+                    begin += start + first
+                    yield Piece(kind, name, self.placement.shapes[name], begin, for_checkpoint(own))
 
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
         """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
@@ -231,9 +231,7 @@ class DeepSpeedEngine:
         self._torch_state.clear()  # some of DeepSpeed's optimizers have taken a step on zeros by now
         if num_optimizer_steps:
             self._create_optimizer_state(num_optimizer_steps)
-        for kind in kinds:
-            for name, start, held in self._fragments(kind):
-                held.copy_(torch.from_numpy(source(kind, name, start, held.numel())))
+        fill_all(((kind, *each) for kind in kinds for each in self._fragments(kind)), source)
         self.num_optimizer_steps = num_optimizer_steps
         self._masters_to_working_weights()
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from llmtrain.checkpoint.saver import Saver
 from llmtrain.errors import DivergedError, LLMTrainError
 from llmtrain.loader.batches import Batches, StepBatches, held_out_batches
 from llmtrain.loader.ledger import LedgerWriter
@@ -35,7 +36,7 @@ MFU_CONVENTION = "causal"
 
 
 class SaveFunction(Protocol):
-    def __call__(self, *, step: int, position: int) -> None: ...
+    def __call__(self, progress: Progress, *, eval_loss: float | None) -> None: ...
 
 
 @dataclass
@@ -84,6 +85,7 @@ def train(
     recorder: Recorder,
     ledger: LedgerWriter | None,
     save: SaveFunction,
+    saver: Saver,
     stop: StopSignal,
     start_up: StartUp,
     roll_call: RollCall,
@@ -93,6 +95,7 @@ def train(
     Args:
         recorder: Where metrics go; on ranks other than 0 it writes nothing. It keeps its errors for us.
         ledger: Where rank 0 notes each step's rows; None on the others.
+        save: Begins a checkpoint of where the run stands; `saver` says what became of it.
 
     Raises:
         DivergedError: a loss or gradient norm that is not finite.
@@ -108,7 +111,8 @@ def train(
         step_start = time.perf_counter()
         rows_per_step = sizes.rows_at(progress.position)
         step_tokens = rows_per_step * seq_len
-        failure, data = _kept_failure(recorder, ledger), StepBatches([], 0)
+        _record_saved(saver, recorder)
+        failure, data = _kept_failure(recorder, ledger, saver), StepBatches([], 0)
         try:
             data = batches.step(progress.position)
         except LLMTrainError as error:
@@ -170,33 +174,46 @@ def train(
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
         done = progress.position * seq_len >= cfg.train.total_tokens
+        eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):
-            evaluate(cfg, engine, held_out, progress, recorder)
-        if done or _due(progress.step, cfg.train.save_every_steps):
-            _save(save, engine, progress, recorder, ledger)
+            eval_loss = evaluate(cfg, engine, held_out, progress, recorder)
+        if done or _due(progress.step, cfg.save.every_steps):
+            _save(save, engine, progress, recorder, ledger, saver, eval_loss)
             last_saved = progress.step
-    if progress.position * seq_len >= cfg.train.total_tokens:
+    is_over = progress.position * seq_len >= cfg.train.total_tokens
+    if last_saved < progress.step:
+        _save(save, engine, progress, recorder, ledger, saver, None)
+    saver.finish()
+    _record_saved(saver, recorder)
+    if is_over:
         recorder.event("finished", progress.step)
     else:
-        if last_saved < progress.step:
-            _save(save, engine, progress, recorder, ledger)
         recorder.event("stopped", progress.step, signal=stop.name)
         log.warning("stopped by a signal after step %d; run.intent=resume goes on from there", progress.step)
-    if failure := _kept_failure(recorder, ledger):
+    if failure := _kept_failure(recorder, ledger, saver):
         raise failure
 
 
 def _save(
-    save: SaveFunction, engine: Engine, progress: Progress, recorder: Recorder, ledger: LedgerWriter | None
+    save: SaveFunction,
+    engine: Engine,
+    progress: Progress,
+    recorder: Recorder,
+    ledger: LedgerWriter | None,
+    saver: Saver,
+    eval_loss: float | None,
 ) -> None:
     """Save, if every rank could note what it did: what a checkpoint says was done is in the ledger, also
     after a power cut."""
-    start = time.perf_counter()
     if ledger is not None:
         ledger.sync()
-    _raise_together(engine, _kept_failure(recorder, ledger))
-    save(step=progress.step, position=progress.position)
-    recorder.checkpoint(progress.step, save_s=time.perf_counter() - start)
+    _raise_together(engine, _kept_failure(recorder, ledger, saver))
+    save(progress, eval_loss=eval_loss)
+
+
+def _record_saved(saver: Saver, recorder: Recorder) -> None:
+    for saved in saver.take_saved():
+        recorder.checkpoint(saved.step, save_s=saved.save_s, wait_s=saved.wait_s, copy_s=saved.copy_s)
 
 
 def _raise_together(engine: Engine, mine: LLMTrainError | None) -> None:
@@ -207,8 +224,8 @@ def _raise_together(engine: Engine, mine: LLMTrainError | None) -> None:
         raise RankFailedError(_whose_failure(mine))
 
 
-def _kept_failure(recorder: Recorder, ledger: LedgerWriter | None) -> LLMTrainError | None:
-    return recorder.failure or (None if ledger is None else ledger.failure)
+def _kept_failure(recorder: Recorder, ledger: LedgerWriter | None, saver: Saver) -> LLMTrainError | None:
+    return recorder.failure or (None if ledger is None else ledger.failure) or saver.failure
 
 
 def _whose_failure(mine: LLMTrainError | None) -> str:
@@ -224,8 +241,8 @@ def evaluate(
     held_out: MixedRows,
     progress: Progress,
     recorder: Recorder,
-) -> None:
-    """Record the held-out loss over train.eval_rows rows of the held-out split.
+) -> float:
+    """Record and return the held-out loss over train.eval_rows rows of the held-out split.
 
     Raises:
         RankFailedError: a row that could not be read, on any rank.
@@ -242,12 +259,14 @@ def evaluate(
     )
     loss_sum, num_valid = engine.held_out_sums(batches)
     _raise_together(engine, failures[0] if failures else None)
+    eval_loss = loss_sum / max(1, num_valid)
     recorder.evaluation(
         progress.step,
-        eval_loss=loss_sum / max(1, num_valid),
+        eval_loss=eval_loss,
         eval_targets=num_valid,
         eval_s=time.perf_counter() - start,
     )
+    return eval_loss
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -64,13 +65,15 @@ def compile_blocks(model: Transformer) -> None:
 def fresh_weights(placement: Placement, *, seed: int) -> FlatSource:
     """Initial weights by name, one tensor at a time; every rank draws the same numbers and keeps its part."""
     last: dict[str, NDArray[np.float32]] = {}
+    lock = Lock()
 
-    def source(kind: str, name: str, start: int, length: int) -> NDArray[np.float32]:
+    def source(kind: str, name: str, start: int, into: NDArray[np.float32]) -> None:
         assert kind == "weight", f"fresh {kind} is zero, nobody asks for it"
-        if name not in last:
-            last.clear()
-            last[name] = initial_weight(name, math.prod(placement.shapes[name]), placement.model, seed)
-        return last[name][start : start + length]
+        with lock:
+            if name not in last:
+                last.clear()
+                last[name] = initial_weight(name, math.prod(placement.shapes[name]), placement.model, seed)
+            into[:] = last[name][start : start + into.size]
 
     return source
 

@@ -28,8 +28,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from llmtrain import rng
+from llmtrain.checkpoint.config import SaveConfig
+from llmtrain.checkpoint.format import FlatSource
 from llmtrain.checkpoint.read import CheckpointReader
-from llmtrain.checkpoint.write import save_checkpoint
+from llmtrain.checkpoint.write import Ranks, save_checkpoint
 from llmtrain.loader.batches import Batch, to_batch
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.model.config import ModelConfig
@@ -195,11 +197,8 @@ def run_case(case: Case, folder: Path, *, device: torch.device) -> Told:
         step=last,
         pieces=engine.pieces(),
         state={"num_optimizer_steps": engine.num_optimizer_steps},
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        barrier=dist.barrier,
-        gather=_gather,
-        keep=1,
+        ranks=Ranks(dist.get_rank(), dist.get_world_size(), _gather),
+        config=SaveConfig(keep_last=1),
     )
     results.append(_train_step(cfg, engine, last))
     at_end, copies = _pieces(engine), _computing_weights(engine)
@@ -211,7 +210,7 @@ def run_case(case: Case, folder: Path, *, device: torch.device) -> Told:
     engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
     reader = CheckpointReader(path)
     reader.require(placement.shapes, kinds=("weight",))
-    engine.load(reader.read_flat, num_optimizer_steps=reader.state["num_optimizer_steps"])
+    engine.load(reader.read_into, num_optimizer_steps=reader.state["num_optimizer_steps"])
     differs = [what for deviation, what in _deviations(before, _pieces(engine)) if deviation != 0]
     again = _train_step(cfg, engine, last)
     nothing = (0.0, "nothing")  # of a rank that owns nothing
@@ -237,17 +236,17 @@ def _train_step(cfg: TrainRoot, engine: Engine, step: int) -> StepResult:
     return engine.train_step(batches, lr=rate_of(step))
 
 
-def _start_source(placement: Placement) -> Callable[[str, str, int, int], Values]:
-    def source(kind: str, name: str, start: int, length: int) -> Values:
+def _start_source(placement: Placement) -> FlatSource:
+    def source(kind: str, name: str, start: int, into: Values) -> None:
         assert kind == "weight", f"nobody asks for {kind} at the start"
         whole = start_weight(name, math.prod(placement.shapes[name]), placement.model)
-        return whole[start : start + length]
+        into[:] = whole[start : start + into.size]
 
     return source
 
 
 def _pieces(engine: Engine) -> dict[tuple[str, str, int], Values]:
-    return {(piece.kind, piece.name, piece.start): piece.values.copy() for piece in engine.pieces()}
+    return {(piece.kind, piece.name, piece.start): np.array(piece.values) for piece in engine.pieces()}
 
 
 def _computing_weights(engine: Engine) -> dict[tuple[str, str, int], Values]:

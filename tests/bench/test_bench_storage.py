@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.bench import checkpoint, tokens
+from llmtrain.bench import checkpoints, tokens
 from llmtrain.bench.table import BenchConfig
 from llmtrain.errors import ConfigError
 
@@ -14,11 +14,12 @@ from llmtrain.errors import ConfigError
 def test_checkpoint_topic_measures_save_restore_verify_and_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "NUM_REPEATS", 1)
-    monkeypatch.setattr(checkpoint, "TENSOR_BYTES", 1 << 20)
-    rows = checkpoint.run(BenchConfig(topic="checkpoint", scale=0.01, options={"folder": str(tmp_path)}))
-    assert [row.name.split(" ")[0] for row in rows] == ["save", "restore", "verify", "xxh3_128,"]
-    assert {row.unit for row in rows} == {"MB/s"}
+    monkeypatch.setattr(checkpoints, "NUM_REPEATS", 1)
+    monkeypatch.setattr(checkpoints, "TENSOR_BYTES", 1 << 20)
+    rows = checkpoints.run(BenchConfig(topic="checkpoints", scale=0.01, options={"folder": str(tmp_path)}))
+    promised = ["async_stall_share,", "save_vs_plain_write", "load_vs_plain_read"]
+    assert [row.name.split(" ")[0] for row in rows] == [*promised, "save", "restore", "verify", "xxh3_128,"]
+    assert [row.unit for row in rows] == ["x"] * 3 + ["MB/s"] * 4
     assert all(row.value > 0 and row.ratio is not None for row in rows)
     assert list(tmp_path.iterdir()) == []
 
@@ -44,4 +45,4 @@ def test_unknown_option_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'options.texts'"):
         tokens.run(BenchConfig(topic="tokens", options={"text": "x"}))
     with pytest.raises(ConfigError, match=r"did you mean 'options.folder'"):
-        checkpoint.run(BenchConfig(topic="checkpoint", options={"fodler": "x"}))
+        checkpoints.run(BenchConfig(topic="checkpoints", options={"fodler": "x"}))

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from llmtrain.checkpoint import find, write
+from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.find import checkpoint_path, list_checkpoints, newest_checkpoint
 from llmtrain.checkpoint.format import FORMAT_VERSION, MANIFEST_FILE, MARKER_FILE, Piece, marker
 from llmtrain.checkpoint.read import CheckpointReader
-from llmtrain.checkpoint.write import save_checkpoint
+from llmtrain.checkpoint.write import ALONE, Ranks, save_checkpoint
 from llmtrain.errors import CheckpointError, ConfigError
 
 TENSORS = {
@@ -37,7 +38,7 @@ TENSORS = {
 }
 
 
-class Ranks:
+class Threads:
     """`world_size` ranks as threads of this process; what they gather goes through JSON."""
 
     def __init__(self, world_size: int) -> None:
@@ -57,12 +58,7 @@ class Ranks:
                 self._barrier.wait()
                 return gathered
 
-            arguments = {
-                "rank": rank,
-                "world_size": self.world_size,
-                "barrier": self._barrier.wait,
-                "gather": gather,
-            }
+            arguments = {"ranks": Ranks(rank, self.world_size, gather)}
             try:
                 outcomes[rank] = work(rank, arguments)
             except Exception as error:
@@ -76,7 +72,8 @@ class Ranks:
         return outcomes
 
 
-SOLO = {"rank": 0, "world_size": 1, "barrier": lambda: None, "gather": lambda value: [value]}
+SOLO = {"ranks": ALONE}
+KEEP_1 = SaveConfig(keep_last=1)
 
 
 def whole(
@@ -87,7 +84,7 @@ def whole(
 
 def save(folder: Path, step: int, *, keep: int = 100, plus: float = 0.0, **state: Any) -> Path:
     return save_checkpoint(
-        folder, step=step, pieces=whole(plus=plus), state=state, keep=keep, **SOLO
+        folder, step=step, pieces=whole(plus=plus), state=state, config=SaveConfig(keep_last=keep), **SOLO
     )  # fmt: skip
 
 
@@ -135,7 +132,7 @@ def test_tensors_and_state_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_every_number_type_comes_back_little_endian(tmp_path: Path, dtype: str) -> None:
     values = (np.arange(10) % 3).astype(dtype)
     path = save_checkpoint(
-        tmp_path, step=1, pieces=[Piece("k", "x", (10,), 0, values)], state={}, keep=1, **SOLO
+        tmp_path, step=1, pieces=[Piece("k", "x", (10,), 0, values)], state={}, config=KEEP_1, **SOLO
     )
     read = CheckpointReader(path).read("k", "x")
     assert read.dtype == values.dtype.newbyteorder("<")
@@ -155,9 +152,9 @@ def test_any_layout_reads_any_layout(
 
     def work(rank: int, arguments: dict[str, Any]) -> Path:
         own = (piece for piece, owner in zip(pieces, owners, strict=True) if owner == rank)
-        return save_checkpoint(folder, step=1, pieces=own, state={}, keep=1, **arguments)
+        return save_checkpoint(folder, step=1, pieces=own, state={}, config=KEEP_1, **arguments)
 
-    paths = Ranks(world_size).run(work)
+    paths = Threads(world_size).run(work)
     assert paths == [folder / "step-00000001"] * world_size
     reader = CheckpointReader(paths[0])
     reader.verify()
@@ -217,18 +214,47 @@ def test_only_the_newest_stay_and_leftovers_of_killed_saves_go(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_first_checkpoints_past_multiples_of_tokens_and_the_best_stay(tmp_path: Path) -> None:
+    config = SaveConfig(keep_last=1, keep_every_tokens=1000, keep_best=1)
+    losses = {1: 3.0, 2: None, 3: 2.0, 4: 2.5, 5: 2.0, 6: None, 7: 4.0}
+    for step, loss in losses.items():
+        state = {"tokens": 400 * step, "eval_loss": loss}
+        save_checkpoint(tmp_path, step=step, pieces=whole(), state=state, ranks=ALONE, config=config)
+    # 3, 5: first at or past 1000, 2000; 3 is the best, too (5 came later); 7 is the last, and before 3000
+    assert list_checkpoints(tmp_path) == [3, 5, 7]
+
+
+def test_a_damaged_checkpoint_among_those_to_choose_from_stays_and_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SaveConfig(keep_last=1, keep_best=1)
+    for step in (1, 2, 3):
+        state = {"tokens": step, "eval_loss": 1.0 / step}
+        path = save_checkpoint(tmp_path, step=step, pieces=whole(), state=state, ranks=ALONE, config=config)
+        if step == 1:
+            (path / "rank-00000.safetensors").unlink()
+    assert list_checkpoints(tmp_path) == [1, 3]
+    assert "a damaged checkpoint stays, though nothing starts from it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep_last": 0}, "save.keep_last=0 must be at least 1"),
+        ({"every_steps": 0}, "save.every_steps=0 must be at least 1"),
+        ({"keep_best": -1}, "save.keep_best=-1 must not be negative; 0 switches it off"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SaveConfig(**settings)
+
+
 def test_save_after_going_back_keeps_itself_and_the_later_ones(tmp_path: Path) -> None:
     for step in (100, 120, 200):
         save(tmp_path, step)
     save(tmp_path, 130, keep=1)
     assert list_checkpoints(tmp_path) == [130, 200]
-
-
-def test_keeping_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match="keep=0 must be at least 1: the checkpoint just saved is always kept"
-    ):
-        save(tmp_path, 1, keep=0)
 
 
 def test_unknown_step_lists_the_steps_there_are(tmp_path: Path) -> None:
@@ -457,7 +483,7 @@ def test_pieces_that_are_not_the_tensor_exactly_once_are_refused(
     with pytest.raises(
         CheckpointError, match=rf"could not save step 2 in {tmp_path}: rank 0: .*{message}.*; the earlier "
     ):
-        save_checkpoint(tmp_path, step=2, pieces=pieces, state={}, keep=1, **SOLO)
+        save_checkpoint(tmp_path, step=2, pieces=pieces, state={}, config=KEEP_1, **SOLO)
     assert list_checkpoints(tmp_path) == [1]
     assert leftovers(tmp_path) == []
 
@@ -485,9 +511,9 @@ def halves(rank: int) -> Iterator[Piece]:
 
 def test_two_ranks_write_two_files_and_one_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2):
-        Ranks(2).run(
+        Threads(2).run(
             lambda rank, arguments, step=step: save_checkpoint(
-                tmp_path, step=step, pieces=halves(rank), state={"from": rank}, keep=1, **arguments
+                tmp_path, step=step, pieces=halves(rank), state={"from": rank}, config=KEEP_1, **arguments
             )
         )
     assert list_checkpoints(tmp_path) == [2]
@@ -522,12 +548,12 @@ def test_disk_full_on_one_rank_fails_the_save_on_all_and_leaves_nothing(
 
     def work(rank: int, arguments: dict[str, Any], step: int) -> Path:
         piece = cut(value, "weight", "w", [1000, 2000])[rank]
-        return save_checkpoint(tmp_path, step=step, pieces=[piece], state={}, keep=1, **arguments)
+        return save_checkpoint(tmp_path, step=step, pieces=[piece], state={}, config=KEEP_1, **arguments)
 
-    Ranks(3).run(lambda rank, arguments: work(rank, arguments, 1))
+    Threads(3).run(lambda rank, arguments: work(rank, arguments, 1))
     with monkeypatch.context() as patch:
         FullDisk(patch, rank=full_rank, after=500)
-        outcomes = Ranks(3).run(lambda rank, arguments: work(rank, arguments, 2))
+        outcomes = Threads(3).run(lambda rank, arguments: work(rank, arguments, 2))
     message = (
         f"could not save step 2 in {tmp_path}: rank {full_rank}: [Errno 28] No space left on device; "
         "the earlier checkpoints there are untouched"
@@ -535,7 +561,9 @@ def test_disk_full_on_one_rank_fails_the_save_on_all_and_leaves_nothing(
     assert [(type(outcome), str(outcome)) for outcome in outcomes] == [(CheckpointError, message)] * 3
     assert isinstance(outcomes[full_rank].__cause__, OSError)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    assert Ranks(3).run(lambda rank, arguments: work(rank, arguments, 2)) == [tmp_path / "step-00000002"] * 3
+    assert (
+        Threads(3).run(lambda rank, arguments: work(rank, arguments, 2)) == [tmp_path / "step-00000002"] * 3
+    )
 
 
 def test_bug_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
@@ -544,9 +572,9 @@ def test_bug_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
         if rank == 1:
             raise KeyError("optimizer state")
 
-    outcomes = Ranks(2).run(
+    outcomes = Threads(2).run(
         lambda rank, arguments: save_checkpoint(
-            tmp_path, step=1, pieces=pieces(rank), state={}, keep=1, **arguments
+            tmp_path, step=1, pieces=pieces(rank), state={}, config=KEEP_1, **arguments
         )
     )
     assert all("rank 1: KeyError: 'optimizer state'; the earlier" in str(outcome) for outcome in outcomes)
@@ -560,18 +588,18 @@ def test_many_failing_ranks_are_counted_and_not_listed(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(write, "write_all", no_space)
-    outcomes = Ranks(6).run(
+    outcomes = Threads(6).run(
         lambda rank, arguments: save_checkpoint(
-            tmp_path, step=1, pieces=whole(), state={}, keep=1, **arguments
+            tmp_path, step=1, pieces=whole(), state={}, config=KEEP_1, **arguments
         )
     )
     assert "rank 3: [Errno 28] No space left on device; and 2 more; the earlier" in str(outcomes[5])
 
 
 def test_ranks_that_save_different_steps_are_told(tmp_path: Path) -> None:
-    outcomes = Ranks(2).run(
+    outcomes = Threads(2).run(
         lambda rank, arguments: save_checkpoint(
-            tmp_path, step=10 + rank, pieces=halves(rank), state={}, keep=1, **arguments
+            tmp_path, step=10 + rank, pieces=halves(rank), state={}, config=KEEP_1, **arguments
         )
     )
     assert all(
@@ -582,9 +610,9 @@ def test_ranks_that_save_different_steps_are_told(tmp_path: Path) -> None:
 
 def test_run_folder_that_only_rank_0_sees_is_explained(tmp_path: Path) -> None:
     """A node-local folder: each rank's path leads to a disk of its own."""
-    outcomes = Ranks(2).run(
+    outcomes = Threads(2).run(
         lambda rank, arguments: save_checkpoint(
-            tmp_path / str(rank), step=1, pieces=halves(rank), state={}, keep=1, **arguments
+            tmp_path / str(rank), step=1, pieces=halves(rank), state={}, config=KEEP_1, **arguments
         )
     )
     for outcome in outcomes:
@@ -617,7 +645,7 @@ def test_real_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
         with pytest.raises(
             CheckpointError, match=r"could not save step 2 in .*: rank 0: \[Errno 28\] No space left"
         ):
-            save_checkpoint(tmp_path / "run", step=2, pieces=big, state={}, keep=1, **SOLO)
+            save_checkpoint(tmp_path / "run", step=2, pieces=big, state={}, config=KEEP_1, **SOLO)
         assert leftovers(tmp_path / "run") == []
         newest = newest_checkpoint(tmp_path / "run")
         assert newest is not None

@@ -23,7 +23,8 @@ import numpy as np
 from llmtrain.checkpoint.find import newest_checkpoint
 from llmtrain.checkpoint.format import Piece
 from llmtrain.checkpoint.read import CheckpointReader
-from llmtrain.checkpoint.write import save_checkpoint
+from llmtrain.checkpoint.config import SaveConfig
+from llmtrain.checkpoint.write import ALONE, save_checkpoint
 
 folder = Path(sys.argv[1])
 newest = newest_checkpoint(folder)
@@ -37,8 +38,8 @@ while True:
         for layer in range(4)
     ]
     save_checkpoint(
-        folder, step=step, pieces=pieces, state={"position": 8 * step}, rank=0, world_size=1,
-        barrier=lambda: None, gather=lambda value: [value], keep=int(sys.argv[2]),
+        folder, step=step, pieces=pieces, state={"position": 8 * step}, ranks=ALONE,
+        config=SaveConfig(keep_last=int(sys.argv[2])),
     )
     print(step, flush=True)
 """

@@ -65,7 +65,10 @@ def whole_state(engine: AccelerateEngine) -> dict[tuple[str, str], Any]:
 
 
 def source_of(state: dict[tuple[str, str], Any]) -> FlatSource:
-    return lambda kind, name, start, length: state[kind, name][start : start + length]
+    def source(kind: str, name: str, start: int, into: Any) -> None:
+        into[:] = state[kind, name][start : start + into.size]
+
+    return source
 
 
 def goes_on_elsewhere() -> dict[str, Any]:

@@ -79,10 +79,11 @@ def state_of(engine: Engine) -> State:
 
 
 def resumed(case: dict[str, Any], state: State) -> tuple[list[float], State]:
+    def source(kind: str, name: str, start: int, into: Any) -> None:
+        into[:] = state[kind, name][start : start + into.size]
+
     engine = open_case(case)
-    engine.load(
-        lambda kind, name, start, length: state[kind, name][start : start + length], num_optimizer_steps=HALF
-    )
+    engine.load(source, num_optimizer_steps=HALF)
     return train_steps(engine, HALF, STEPS), state_of(engine)
 
 

@@ -158,11 +158,13 @@ def weight_not_reloaded() -> Iterator[None]:
     load = DeepSpeedEngine.load
 
     def forgetful(self: Any, source: Any, *, num_optimizer_steps: int = 0) -> None:
-        def without(kind: str, name: str, start: int, length: int) -> Any:
+        def without(kind: str, name: str, start: int, into: Any) -> None:
             if num_optimizer_steps and (kind, name) == ("weight", FORGOTTEN):
                 numel = math.prod(self.placement.shapes[name])
-                return verify_rank.start_weight(name, numel, self.placement.model)[start : start + length]
-            return source(kind, name, start, length)
+                whole = verify_rank.start_weight(name, numel, self.placement.model)
+                into[:] = whole[start : start + into.size]
+            else:
+                source(kind, name, start, into)
 
         load(self, without, num_optimizer_steps=num_optimizer_steps)
 

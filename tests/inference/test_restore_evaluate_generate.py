@@ -20,8 +20,9 @@ import zstandard
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.format import Piece
-from llmtrain.checkpoint.write import save_checkpoint
+from llmtrain.checkpoint.write import ALONE, save_checkpoint
 from llmtrain.cli.evaluate import EvaluateRoot, compressed_sizes, evaluate
 from llmtrain.cli.generate import GenerateRoot, generate_text, stream_text, with_prompt_quoted
 from llmtrain.cli.restore import Precision, load_transformer
@@ -107,11 +108,8 @@ def make_run(data_folder: Path, tmp_path: Path) -> MakeRun:
                     "config": {"data": {"seq_len": SEQ_LEN, "packing": "concat"}},
                     **state,
                 },
-                rank=0,
-                world_size=1,
-                barrier=lambda: None,
-                gather=lambda value: [value],
-                keep=9,
+                ranks=ALONE,
+                config=SaveConfig(keep_last=9),
             )
         return tmp_path / "run"
 

@@ -127,7 +127,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """An uninterrupted run of 12 steps with every checkpoint kept; copy it before changing anything."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    arguments = train_arguments(data, folder, "train.keep_checkpoints=9")
+    arguments = train_arguments(data, folder, "save.keep_last=9")
     status, text = launcher.run(arguments)
     assert status == 0, text
     return Finished(folder, arguments)

@@ -104,7 +104,7 @@ def train_arguments(data: Path, run: Path, *overrides: str) -> list[str]:
         "train.total_tokens": 12 * 8 * 32,
         "train.global_batch_rows": 8,
         "train.micro_batch_rows": 2,
-        "train.save_every_steps": 4,
+        "save.every_steps": 4,
         "train.eval_every_steps": 6,
         "optimizer.peak_lr": 0.01,
         "schedule.warmup_tokens": 512,

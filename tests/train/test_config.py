@@ -24,7 +24,6 @@ TRAIN: dict[str, Any] = {"total_tokens": 100, "global_batch_rows": 4, "micro_bat
     ("changed", "message"),
     [
         ({"total_tokens": 0}, "train.total_tokens=0 must be at least 1"),
-        ({"keep_checkpoints": 0}, "train.keep_checkpoints=0 must be at least 1"),
         ({"micro_batch_rows": 3}, "train.global_batch_rows=4 is not a multiple of train.micro_batch_rows=3"),
         ({"eval_every_steps": -1}, "train.eval_every_steps=-1 and train.grad_clip=1.0 must be finite"),
         ({"grad_clip": float("nan")}, "train.grad_clip=nan must be finite and not negative"),

@@ -52,7 +52,7 @@ def mixture_arguments(sources: dict[str, Path], run: Path, *overrides: str, step
         f"train.batch_ramp=[{{until_tokens: {steps // 3 * 12 * SEQ_LEN}, rows: 12}}]",
         f"train.global_batch_rows={ROWS}",
         "train.micro_batch_rows=1",
-        "train.save_every_steps=4",
+        "save.every_steps=4",
         "train.eval_every_steps=0",
         "run.intent=fresh_or_resume",
         *overrides,

@@ -238,7 +238,7 @@ def test_a_run_learns_and_resumes_bit_for_bit(launcher: Launcher, data: Path, tm
     def losses(folder: Path) -> list[float]:
         return [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "step"]
 
-    arguments = train_arguments(data, tmp_path / "run", "optimizer.kind=muon", "train.keep_checkpoints=9")
+    arguments = train_arguments(data, tmp_path / "run", "optimizer.kind=muon", "save.keep_last=9")
     status, text = launcher.run(arguments)
     assert status == 0, text
     expected = losses(tmp_path / "run")

@@ -128,7 +128,7 @@ def test_kill_9_at_20_random_moments_loses_no_committed_step(
     """Saves at every step, so that many of the kills fall into one."""
     folder = tmp_path / "run"
     arguments = train_arguments(
-        data, folder, "train.save_every_steps=1", "run.intent=fresh_or_resume", "train.eval_every_steps=0"
+        data, folder, "save.every_steps=1", "run.intent=fresh_or_resume", "train.eval_every_steps=0"
     )
     moments = random.Random(20)
     committed, kills = 0, 0
@@ -163,7 +163,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_bf16_losses_after_a_resume_are_bit_equal(launcher: Launcher, data: Path, tmp_path: Path) -> None:
-    settings = ("train.precision=bf16", "train.keep_checkpoints=9")
+    settings = ("train.precision=bf16", "save.keep_last=9")
     whole = train_arguments(data, tmp_path / "whole", *settings)
     status, text = launcher.run(whole, num_ranks=2)
     assert status == 0, text

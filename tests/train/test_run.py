@@ -123,7 +123,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(
     launcher: Launcher, data: Path, tmp_path: Path
 ) -> None:
     arguments = train_arguments(
-        data, tmp_path / "run", "optimizer.peak_lr=1e30", "train.grad_clip=0", "train.save_every_steps=1"
+        data, tmp_path / "run", "optimizer.peak_lr=1e30", "train.grad_clip=0", "save.every_steps=1"
     )
     status, text = launcher.run(arguments)
     assert status == EXIT_FAILED
@@ -151,7 +151,7 @@ def test_a_disk_that_fills_up_stops_the_run_with_its_name_and_loses_nothing(
 ) -> None:
     folder = small_disk / "run"
     arguments = train_arguments(
-        data, folder, "train.total_tokens=500000", "data.max_epochs=99", "train.save_every_steps=1"
+        data, folder, "train.total_tokens=500000", "data.max_epochs=99", "save.every_steps=1"
     )
     run = launcher.start(arguments)
     wait_for(lambda: len(list_checkpoints(folder / "checkpoints")) == 2 if folder.exists() else False)
@@ -254,7 +254,7 @@ def test_a_rank_that_cannot_read_held_out_rows_ends_the_run_with_one_message(
     content[-80:-78] = b"\xff\xff"  # no id of the vocabulary
     shard.write_bytes(content)
     arguments = train_arguments(
-        data, tmp_path / "run", "data.verify=none", "train.eval_every_steps=2", "train.save_every_steps=1"
+        data, tmp_path / "run", "data.verify=none", "train.eval_every_steps=2", "save.every_steps=1"
     )
     status, text = launcher.run(arguments, num_ranks=2)
     assert status == EXIT_FAILED
@@ -273,7 +273,7 @@ def test_no_checkpoint_is_saved_of_steps_that_the_ledger_could_not_note(
     with open(small_disk / "filler", "wb", buffering=0) as handle, contextlib.suppress(OSError):
         while True:
             handle.write(bytes(4096))
-    status, text = launcher.run(train_arguments(data, folder, "train.save_every_steps=1"), num_ranks=2)
+    status, text = launcher.run(train_arguments(data, folder, "save.every_steps=1"), num_ranks=2)
     assert status == EXIT_FAILED
     assert text.count("ledger.jsonl cannot be written: No space left on device") == 1, text
     assert list_checkpoints(folder / "checkpoints") == []

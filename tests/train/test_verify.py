@@ -17,6 +17,7 @@ import pytest
 from data_folder import train_arguments, wait_for
 
 from llmtrain import files
+from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.cli import verify as cli
 from llmtrain.errors import EXIT_FAILED, ConfigError, DataError, LaunchError, LLMTrainError
 from llmtrain.loader.config import LoaderConfig
@@ -179,7 +180,7 @@ def test_a_certificate_belongs_to_layout_model_batch_and_versions_alone(tmp_path
     same = [
         replace(cfg, optimizer=replace(cfg.optimizer, peak_lr=0.5)),
         replace(cfg, run=replace(cfg.run, seed=7, name="other")),
-        replace(cfg, train=replace(cfg.train, total_tokens=5, save_every_steps=7)),
+        replace(cfg, train=replace(cfg.train, total_tokens=5), save=SaveConfig(every_steps=7)),
         replace(cfg, model=replace(cfg.model, init_std=0.5)),
         replace(cfg, parallel=replace(cfg.parallel, world_size=4)),
     ]

@@ -1,0 +1,33 @@
+"""When a run saves, and which of its checkpoints stay. stdlib only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmtrain.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class SaveConfig:
+    every_steps: int = 1000
+    """Steps between checkpoints; one is also saved after the last step and at a stop signal."""
+    in_background: bool = True
+    """Whether training goes on while a checkpoint is written: it waits only while its state is copied to host
+    memory, and for the checkpoint before, if that is not written yet. Takes as much host memory as this
+    rank's part of a checkpoint. false: training waits until it is on the disk."""
+    keep_last: int = 2
+    """Newest checkpoints that stay; the last verified one is never deleted."""
+    keep_every_tokens: int = 0
+    """Beside them, the first checkpoint at or after every multiple of so many tokens; 0: none."""
+    keep_best: int = 0
+    """Beside them, so many with the lowest held-out loss, of those that were evaluated at their step."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"save.{name}={getattr(self, name)} must be at least 1")
+        for name in ("keep_every_tokens", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ConfigError(
+                    f"save.{name}={getattr(self, name)} must not be negative; 0 switches it off"
+                )

@@ -1,0 +1,146 @@
+"""Saving while training goes on: the state is copied to host memory, and a thread writes the copy."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtrain.checkpoint.config import SaveConfig
+from llmtrain.checkpoint.format import Elsewhere, Piece
+from llmtrain.checkpoint.write import Ranks, save_checkpoint
+from llmtrain.errors import CheckpointError
+
+ALIGNMENT = 64
+"""Bytes: of every piece in a buffer."""
+
+
+COPY_THREADS = 4
+"""Or as many cores as there are: one does not fill a memory bus."""
+COPY_BYTES = 16 << 20
+"""That one of them copies at once."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is on the disk."""
+
+    step: int
+    save_s: float
+    """From the call to the commit."""
+    wait_s: float
+    """Of them, training waited for the checkpoint before to be written."""
+    copy_s: float
+    """And for its own state to be copied; without a background, for all of it."""
+
+
+class Saver:
+    """One a rank. All ranks save the same steps; each writes its own pieces."""
+
+    def __init__(self, folder: Path, ranks: Ranks, config: SaveConfig) -> None:
+        """
+        Args:
+            ranks: how they talk. With `in_background` a thread does: over a group that nobody else uses.
+        """
+        self._folder = folder
+        self._ranks = ranks
+        self._config = config
+        self._buffer = np.empty(0, np.uint8)
+        self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
+        self._writer: threading.Thread | None = None
+        self._saved: list[Saved] = []
+        self.failure: CheckpointError | None = None
+        """Of a save in the background; it has failed on every rank."""
+
+    def save(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
+        """Begin to save, and return when training may go on. At most one save is under way.
+
+        Raises:
+            CheckpointError: on every rank, if this save or, in the background, the one before has failed.
+        """
+        start = time.perf_counter()
+        self.finish()
+        waited = time.perf_counter()
+
+        def write(own: Iterable[Piece]) -> None:
+            save_checkpoint(
+                self._folder, step=step, pieces=own, state=state, ranks=self._ranks, config=self._config
+            )
+
+        def note(copied: float) -> None:
+            end = time.perf_counter()
+            self._saved.append(Saved(step, end - start, waited - start, (copied or end) - waited))
+
+        if not self._config.in_background:
+            write(pieces)
+            note(time.perf_counter())
+            return
+        copies = self._copy(pieces)
+        copied = time.perf_counter()
+
+        def run() -> None:
+            try:
+                write(copies)
+                note(copied)
+            except CheckpointError as error:
+                self.failure = error
+            except Exception as error:  # of the ranks' talk: one that died, or a time that ran out
+                self.failure = CheckpointError(f"could not save step {step}: {type(error).__name__}: {error}")
+
+        self._writer = threading.Thread(target=run, name=f"save step {step}")
+        self._writer.start()
+
+    def finish(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            CheckpointError: it has failed.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self.failure is not None:
+            raise self.failure
+
+    def leave(self) -> None:
+        """Wait for the save under way, on the way out of a run that has another error to tell."""
+        with suppress(CheckpointError):
+            self.finish()
+
+    def take_saved(self) -> list[Saved]:
+        """Those on the disk since the last call."""
+        saved, self._saved = self._saved, []
+        return saved
+
+    def _copy(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """`pieces` with values of their own, in one buffer that is used again."""
+        own = list(pieces)
+        offsets = np.cumsum([0, *(-(-piece.values.nbytes // ALIGNMENT) * ALIGNMENT for piece in own)])
+        if self._buffer.nbytes < offsets[-1]:
+            self._buffer = np.empty(int(offsets[-1]), np.uint8)
+        copies = []
+        parts: list[tuple[NDArray[Any], NDArray[Any] | Elsewhere]] = []
+        for piece, offset in zip(own, offsets[:-1].tolist(), strict=True):
+            into = self._buffer[offset : offset + piece.values.nbytes].view(piece.values.dtype)
+            at_once = max(1, COPY_BYTES // piece.values.itemsize)
+            cuts = range(0, into.size, at_once)
+            parts += [(into[at : at + at_once], piece.values[at : at + at_once]) for at in cuts]
+            copies.append(replace(piece, values=into))
+        list(self._copiers.map(_copy_part, parts))
+        return copies
+
+
+def _copy_part(part: tuple[NDArray[Any], NDArray[Any] | Elsewhere]) -> None:
+    into, values = part
+    if isinstance(values, np.ndarray):
+        np.copyto(into, values)
+    else:
+        values.copy_into(into)
