@@ -15,6 +15,9 @@ class SaveConfig:
     """Whether training goes on while a checkpoint is written: it waits only while its state is copied to host
     memory, and for the checkpoint before, if that is not written yet. Takes as much host memory as this
     rank's part of a checkpoint. false: training waits until it is on the disk."""
+    check_loss: bool = True
+    """Whether a checkpoint has the loss of a few held-out rows, and a resume compares it with what it
+    computes itself before the first step. Costs a forward pass of a micro batch."""
     keep_last: int = 2
     """Newest checkpoints that stay; the last verified one is never deleted."""
     keep_every_tokens: int = 0

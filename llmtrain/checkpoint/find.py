@@ -43,23 +43,34 @@ def newest_checkpoint(folder: Path, *, verify: bool = True) -> Path | None:
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
     """
-    failures: list[str] = []
+    whole, damaged = newest_whole(folder, verify=verify)
+    for problem in damaged:
+        log.error("not using a damaged checkpoint: %s", problem)
+    return whole
+
+
+def newest_whole(folder: Path, *, verify: bool) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one.
+
+    Raises:
+        CheckpointError: There are checkpoints, and every one is damaged.
+    """
+    damaged: list[str] = []
     for _, path in sorted(_step_folders(folder).items(), reverse=True):
         try:
             reader = CheckpointReader(path)
             if verify:
                 reader.verify()
         except CheckpointError as error:
-            log.error("not using a damaged checkpoint: %s", error)
-            failures.append(str(error))
+            damaged.append(str(error))
         else:
-            return path
-    if failures:
+            return path, damaged
+    if damaged:
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged: {some(failures)}; restore one from a copy, "
+            f"every checkpoint in {folder} is damaged: {some(damaged)}; restore one from a copy, "
             "or start a fresh run in another folder"
         )
-    return None
+    return None, []
 
 
 def _step_folders(folder: Path) -> dict[int, Path]:

@@ -4,6 +4,7 @@ loop."""
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -35,10 +36,10 @@ from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.train.check import check_train
-from llmtrain.train.config import Intent, TrainRoot
+from llmtrain.train.config import Intent, Precision, TrainRoot
 from llmtrain.train.engine import CountedSource, Engine
 from llmtrain.train.engines import open_engine
-from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, train
+from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, held_out_sums, train
 from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
@@ -50,6 +51,11 @@ log = logging.getLogger(__name__)
 
 READ_TIMEOUT_SHARE = 0.8
 """Of the time that ranks wait for each other: a rank whose read hangs says so before the others give up."""
+
+CHECK_ROWS = 8
+"""Held-out rows of save.check_loss, or a micro batch's."""
+LOSS_TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 1e-2, Precision.fp16: 1e-2, None: 2e-2}
+"""Largest relative difference after a resume, on any layout; None: in another precision."""
 
 Result = TypeVar("Result")
 
@@ -95,7 +101,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         )
         placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len, seed=cfg.run.seed)
         engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
-        progress = _load(cfg, engine, start)
+        progress = _load(cfg, engine, start, data)
         batches = Batches(
             data.train,
             order=data.order,
@@ -181,6 +187,9 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
 
         def save(progress: Progress, *, eval_loss: float | None) -> None:
             state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss)
+            if cfg.save.check_loss:
+                sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
+                state["check_loss"] = [*sums, CHECK_ROWS]
             saver.save(progress.step, engine.pieces(), state)
 
         try:
@@ -246,7 +255,7 @@ def _verify_share(cfg: TrainRoot, data: OpenData, *, rank: int, world_size: int)
             verify(data.folders[name], share, content=True)
 
 
-def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
+def _load(cfg: TrainRoot, engine: Engine, start: Start, data: OpenData) -> Progress:
     """Fill the engine with fresh weights or a checkpoint's, and say where the run stands."""
     if start.checkpoint is None:
         engine.load(fresh_weights(engine.placement, seed=cfg.run.seed))
@@ -269,6 +278,7 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start) -> Progress:
         return Progress(step=0, position=0)
     if engine.loss_scale is not None and reader.state["loss_scale"] is not None:
         engine.loss_scale = reader.state["loss_scale"]
+    _check_loss(cfg, engine, data, reader)
     log.info(
         "resumed from %s: step %d, %d rows consumed", start.checkpoint, reader.step, reader.state["position"]
     )
@@ -318,6 +328,34 @@ def _check_loaded(
                 )
 
     _from_rank_0(compare)
+
+
+def _check_loss(cfg: TrainRoot, engine: Engine, data: OpenData, reader: CheckpointReader) -> None:
+    """Compare the loss of a few held-out rows with what the checkpoint says of them: right weights in the
+    wrong places would train on without a word."""
+    told = reader.state.get("check_loss")
+    if not cfg.save.check_loss or told is None or reader.state["data_hash"] != data.hash:
+        return
+    *expected, max_rows = told
+    loss_sum, num_valid = held_out_sums(engine, data.held_out, cfg, max_rows=max_rows)
+    bound = LOSS_TOLERANCE[cfg.train.precision if _precision(reader) == cfg.train.precision.name else None]
+
+    def compare() -> None:
+        if num_valid != expected[1] or not math.isclose(loss_sum, expected[0], rel_tol=bound):
+            raise CheckpointError(
+                f"{reader.path} says that {expected[1]} targets of held-out rows have a loss of "
+                f"{expected[0] / max(1, expected[1]):.7g}, and after loading it is "
+                f"{loss_sum / max(1, num_valid):.7g} of {num_valid}, further off than {bound:g}: the weights "
+                "are not those that were saved; save.check_loss=false goes on all the same"
+            )
+
+    _from_rank_0(compare)
+    log.info("after loading, the loss of %d held-out targets is what the checkpoint says", num_valid)
+
+
+def _precision(reader: CheckpointReader) -> str:
+    precision: str = reader.state["config"]["train"]["precision"]
+    return precision
 
 
 def _ranks_that_save(cfg: TrainRoot) -> Ranks:

@@ -41,6 +41,7 @@ FIXED_BY_CHECKPOINT = ("model", "run.seed", "data.seq_len")
 FREE_AT_RESUME = (
     "check_only",
     "run.intent",
+    "run.fallback",
     "run.folder",
     "run.name",
     "run.plan",

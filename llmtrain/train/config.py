@@ -83,6 +83,9 @@ class RunConfig:
     """Root of every random stream: initial weights and the order of rows."""
     init_from: str | None = None
     """A run folder or a checkpoint; only for intent=warm_start."""
+    fallback: bool = False
+    """Whether a start goes back to the newest whole checkpoint where a newer one is damaged, and does the
+    steps between again; false: it ends."""
     plan: str | None = None
     """The plan.json that `llmtrain plan` wrote, for the report to hold this run against; null: no plan was
     made."""

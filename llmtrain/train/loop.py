@@ -248,17 +248,7 @@ def evaluate(
         RankFailedError: a row that could not be read, on any rank.
     """
     start = time.perf_counter()
-    failures: list[LLMTrainError] = []
-    batches = held_out_batches(
-        held_out,
-        micro_batch_rows=cfg.train.micro_batch_rows,
-        dp_rank=engine.placement.groups.dp.rank,
-        dp_size=engine.placement.groups.dp.size,
-        max_rows=cfg.train.eval_rows,
-        on_failure=failures.append,
-    )
-    loss_sum, num_valid = engine.held_out_sums(batches)
-    _raise_together(engine, failures[0] if failures else None)
+    loss_sum, num_valid = held_out_sums(engine, held_out, cfg, max_rows=cfg.train.eval_rows)
     eval_loss = loss_sum / max(1, num_valid)
     recorder.evaluation(
         progress.step,
@@ -267,6 +257,28 @@ def evaluate(
         eval_s=time.perf_counter() - start,
     )
     return eval_loss
+
+
+def held_out_sums(
+    engine: Engine, held_out: MixedRows, cfg: TrainRoot, *, max_rows: int | None
+) -> tuple[float, int]:
+    """Loss sum in nats and number of targets of rows spread over the held-out split: the same for any layout.
+
+    Raises:
+        RankFailedError: a row that could not be read, on any rank.
+    """
+    failures: list[LLMTrainError] = []
+    batches = held_out_batches(
+        held_out,
+        micro_batch_rows=cfg.train.micro_batch_rows,
+        dp_rank=engine.placement.groups.dp.rank,
+        dp_size=engine.placement.groups.dp.size,
+        max_rows=max_rows,
+        on_failure=failures.append,
+    )
+    sums = engine.held_out_sums(batches)
+    _raise_together(engine, failures[0] if failures else None)
+    return sums
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.checkpoint.find import newest_checkpoint
+from llmtrain.checkpoint.find import newest_whole
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.tracking.metrics import read_lines
 from llmtrain.train.config import Intent, RunConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,15 @@ class RunFolder:
 def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
     """The checkpoint that the intent asks for, or None to start from fresh weights.
 
-    A damaged one is reported, and for a resume the newest whole one before it is taken.
+    A damaged one is passed over only with run.fallback, and not in silence.
 
     Args:
         verify: Whether to read the tensors and compare their hashes, not only marker, manifest and sizes.
 
     Raises:
         ConfigError: fresh or warm_start over a folder that holds a run.
-        CheckpointError: resume or warm_start without a checkpoint that is whole.
+        CheckpointError: resume or warm_start without a checkpoint that is whole, or, without run.fallback,
+            with a damaged one that is newer.
     """
     folder = RunFolder(Path(cfg.folder))
     if cfg.intent in (Intent.fresh, Intent.warm_start) and folder.holds_a_run():
@@ -70,7 +74,7 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
             if verify:
                 reader.verify()
             return source
-    newest = newest_checkpoint(source, verify=verify) if source.is_dir() else None
+    newest = _newest(source, cfg, verify=verify) if source.is_dir() else None
     if newest is None and cfg.intent is Intent.fresh_or_resume and folder.metrics.exists():
         saved = [line["step"] for line in read_lines(folder.metrics) if line["kind"] == "checkpoint"]
         if saved:
@@ -85,3 +89,18 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
             f"or set run.intent=fresh to start anew"
         )
     return newest
+
+
+def _newest(folder: Path, cfg: RunConfig, *, verify: bool) -> Path | None:
+    whole, damaged = newest_whole(folder, verify=verify)
+    if whole is None or not damaged:
+        return whole
+    if not cfg.fallback:
+        raise CheckpointError(
+            f"{'; '.join(damaged)}; {whole.name} before it is whole: set run.fallback=true to go on from "
+            "there, or put a copy of the damaged one back"
+        )
+    for problem in damaged:
+        log.error("run.fallback=true: not using a damaged checkpoint: %s", problem)
+    log.error("run.fallback=true: going back to %s", whole)
+    return whole

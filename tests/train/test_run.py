@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 import pytest
 from data_folder import train_arguments, wait_for, write_data_folder
 
-from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint
+from llmtrain.checkpoint.config import SaveConfig
+from llmtrain.checkpoint.find import checkpoint_path, list_checkpoints, newest_checkpoint
+from llmtrain.checkpoint.format import Piece
 from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.write import ALONE, save_checkpoint
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import FolderLock
 from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
@@ -179,7 +182,7 @@ def damaged(finished: Finished, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["flipped byte", "missing file"])
-def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(
+def test_a_damaged_checkpoint_ends_the_start_and_is_passed_over_when_told(
     finished: Finished, launcher: Launcher, tmp_path: Path, how: str
 ) -> None:
     piece = damaged(finished, tmp_path / "run")
@@ -191,9 +194,38 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(
         piece.write_bytes(content)
     arguments = [*finished.arguments, f"run.folder={tmp_path / 'run'}", "run.intent=resume"]
     status, text = launcher.run(arguments)
-    assert status == 0, text
+    assert status == EXIT_FAILED
     assert str(piece) in text
+    assert "step-00000008 before it is whole: set run.fallback=true to go on from there" in text
+    status, text = launcher.run([*arguments, "run.fallback=true"])
+    assert status == 0, text
+    assert f"run.fallback=true: not using a damaged checkpoint: {piece}" in text
+    assert f"run.fallback=true: going back to {tmp_path / 'run/checkpoints/step-00000008'}" in text
     assert "step 8, 64 rows consumed" in text
+
+
+def test_weights_that_are_not_those_of_the_recorded_loss_are_refused(
+    finished: Finished, launcher: Launcher, tmp_path: Path
+) -> None:
+    """Whole to the last byte, and wrong: two rows of a matrix changed places, as a wrong slice would do."""
+    shutil.copytree(finished.folder, tmp_path / "run")
+    folder = tmp_path / "run/checkpoints"
+    reader = CheckpointReader(checkpoint_path(folder, 8))
+    shutil.rmtree(checkpoint_path(folder, 12))
+    pieces = []
+    for kind in reader.kinds:
+        for name, shape in reader.shapes(kind).items():
+            values = reader.read(kind, name)
+            if (kind, name) == ("weight", "blocks.0.attention.wv.weight"):
+                values[[0, 1]] = values[[1, 0]]
+            pieces.append(Piece(kind, name, shape, 0, values.reshape(-1)))
+    save_checkpoint(folder, step=8, pieces=pieces, state=reader.state, ranks=ALONE, config=SaveConfig())
+    arguments = [*finished.arguments, f"run.folder={tmp_path / 'run'}", "run.intent=resume"]
+    status, text = launcher.run(arguments)
+    assert status == EXIT_FAILED
+    assert "the weights are not those that were saved; save.check_loss=false goes on all the same" in text
+    status, text = launcher.run([*arguments, "save.check_loss=false"])
+    assert status == 0, text
 
 
 def test_a_shard_that_changed_is_found_at_the_start(launcher: Launcher, tmp_path: Path) -> None:
