@@ -1,4 +1,4 @@
-"""What a checkpoint is on the disk, without reading or writing one. docs/checkpoint_format.md has the bytes.
+"""What a checkpoint is on the disk, without reading or writing one. docs/checkpoints.md has the bytes.
 
 A checkpoint is a set of logical tensors, each named by (kind, canonical parameter name). A rank hands over
 the pieces it owns, as ranges of the flattened logical tensor; nothing on disk knows of dp, tp, pp or ZeRO.

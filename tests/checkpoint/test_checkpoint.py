@@ -656,10 +656,10 @@ def test_real_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
 
 
 def test_format_document_names_every_key_that_is_written(tmp_path: Path) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
     manifest = json.loads((save(tmp_path, 1) / MANIFEST_FILE).read_text())
     tensor = manifest["tensors"]["weight"]["final_norm.weight"]
-    assert f"# Checkpoint format, version {manifest['format_version']}" in document
+    assert f"## The format, version {manifest['format_version']}" in document
     for key in (*manifest, *tensor):
         assert f"| `{key}` |" in document
     assert f"`{{{', '.join(['file', 'offset', 'start', 'length', 'xxh3_128'])}}}`" in document
