@@ -103,18 +103,27 @@ def _facts(state: dict[str, Any]) -> dict[str, Any]:
     if layout and "world_size" in state:
         layout["dp_size"] = state["world_size"] // math.prod(layout.values())
     layout |= {name: parallel[name] for name in ("engine", "zero_stage") if name in parallel}
+    parent, code = state.get("parent"), state.get("code", {})
     told = {
         "tokens": state.get("tokens"),
         "rows consumed": state.get("position"),
         "optimizer steps": state.get("num_optimizer_steps"),
         "held-out loss": state.get("eval_loss"),
         "attempt": state.get("attempt"),
+        "goes on from": parent and f"{parent['checkpoint']}, step {parent['step']} ({parent['intent']})",
+        "changed since": parent and _changes(parent["changed"]),
         "written by": " ".join(f"{name}={value}" for name, value in layout.items()) or None,
         "precision": train.get("precision"),
         "data": state.get("data_folder"),
         "torch": state.get("torch"),
+        "commit": code.get("git_commit"),
+        "W&B id": state.get("wandb_id"),
     }
     return {name: value for name, value in told.items() if value is not None}
+
+
+def _changes(changed: dict[str, list[Any]]) -> str | None:
+    return ", ".join(f"{name}={after} (was {before})" for name, (before, after) in changed.items()) or None
 
 
 def _kind(reader: CheckpointReader, kind: str) -> KindSummary:

@@ -52,6 +52,13 @@ def chosen_mode(mode: WandbMode, environment: Mapping[str, str]) -> WandbMode:
     return WandbMode.offline if mode is WandbMode.online and not has_key else mode
 
 
+def wandb_id(run_folder: Path) -> str | None:
+    """The id of a run at W&B; None where it has none."""
+    spec = run_folder / "wandb" / SPEC_NAME
+    found: str | None = read_json(spec)["run_id"] if spec.exists() else None
+    return found
+
+
 class WandbSink:
     """Sends metrics records to W&B. No method raises on anything W&B, a pipe or a disk does.
 

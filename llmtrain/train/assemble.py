@@ -35,6 +35,8 @@ from llmtrain.parallel.topology import Topology
 from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
+from llmtrain.tracking.wandb import wandb_id
+from llmtrain.train.certificate import differences
 from llmtrain.train.check import check_train
 from llmtrain.train.config import Intent, Precision, TrainRoot
 from llmtrain.train.engine import CountedSource, Engine
@@ -116,18 +118,20 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         stack.callback(batches.close)
         start_up.mark("model")
 
+        origin: dict[str, Any] = {}  # of rank 0, whose state a checkpoint stores
+
         def open_recorder() -> Recorder:
             if rank != 0:
                 return SilentRecorder()
             with files.atomic_write(folder.config, "w") as handle:
                 handle.write(config_text)
-            record_start(
+            facts = record_start(
                 folder.path,
                 attempt=start.attempt,
                 command_line=command,
                 extra={"world_size": world_size, "device": _device_name(device), "from": start.checkpoint},
             )
-            return stack.enter_context(
+            run_recorder = stack.enter_context(
                 RunRecorder(
                     cfg.tracking,
                     metrics=folder.metrics,
@@ -138,6 +142,11 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                     run_config=files.plain(cfg),
                 )
             )
+            origin["code"] = {"git_commit": facts["git_commit"], "git_dirty": facts["git_dirty"]}
+            origin["code"]["versions"] = facts["versions"]
+            origin["parent"] = _parent(cfg, start)
+            origin["wandb_id"] = wandb_id(folder.path)
+            return run_recorder
 
         def open_ledger() -> LedgerWriter | None:
             if rank != 0:
@@ -186,7 +195,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         stack.callback(saver.leave)
 
         def save(progress: Progress, *, eval_loss: float | None) -> None:
-            state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss)
+            state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | origin
             if cfg.save.check_loss:
                 sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
                 state["check_loss"] = [*sums, CHECK_ROWS]
@@ -328,6 +337,20 @@ def _check_loaded(
                 )
 
     _from_rank_0(compare)
+
+
+def _parent(cfg: TrainRoot, start: Start) -> dict[str, Any] | None:
+    """The checkpoint that this attempt began with, and the settings that differ from its own."""
+    if start.checkpoint is None:
+        return None
+    reader = CheckpointReader(Path(start.checkpoint))
+    return {
+        "checkpoint": start.checkpoint,
+        "step": reader.step,
+        "manifest_sha256": reader.manifest_hash,
+        "intent": cfg.run.intent.name,
+        "changed": differences(reader.state["config"], files.plain(cfg)),
+    }
 
 
 def _check_loss(cfg: TrainRoot, engine: Engine, data: OpenData, reader: CheckpointReader) -> None:

@@ -102,9 +102,19 @@ def test_warm_start_takes_weights_only(finished: Finished, launcher: Launcher, t
     warm, cold = losses(tmp_path / "run"), losses(finished.folder)
     assert set(warm) == set(cold)
     assert warm[1] < 0.8 * cold[1], "the weights of the other run were not taken"
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][0]["from"].endswith(
-        "step-00000012"
-    )
+    attempt = json.loads((tmp_path / "run" / "run.json").read_text())["attempts"][0]
+    assert attempt["from"].endswith("step-00000012")
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    state = CheckpointReader(newest).state
+    parent = state["parent"]
+    assert (parent["checkpoint"], parent["step"], parent["intent"]) == (attempt["from"], 12, "warm_start")
+    assert parent["manifest_sha256"] == CheckpointReader(Path(parent["checkpoint"])).manifest_hash
+    assert parent["changed"]["run.intent"] == ["fresh", "warm_start"]
+    assert state["code"]["git_commit"] == attempt["git_commit"]
+    newest = newest_checkpoint(finished.folder / "checkpoints")
+    assert newest is not None
+    assert CheckpointReader(newest).state["parent"] is None, "it began with fresh weights"
 
 
 def test_sigterm_saves_and_leaves_at_the_same_step_on_every_rank(
