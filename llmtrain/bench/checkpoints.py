@@ -20,7 +20,7 @@ from llmtrain.checkpoint.format import Piece
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.write import ALONE
-from llmtrain.train.engine import fill_all
+from llmtrain.train.state import fill_all
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 TENSOR_BYTES = 16 << 20

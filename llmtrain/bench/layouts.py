@@ -40,10 +40,10 @@ from llmtrain.parallel.topology import Topology
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
 from llmtrain.train.deepspeed_engine import DeepSpeedEngine, join_deepspeed
-from llmtrain.train.engine import fill
 from llmtrain.train.optimizer import build_optimizer
 from llmtrain.train.placement import Placement, fresh_weights, place
 from llmtrain.train.ranks import join_ranks
+from llmtrain.train.state import fill
 
 SEQ_LEN, GLOBAL_ROWS, MICRO_ROWS = 512, 4, 2
 LR, CLIP = 1e-3, 1.0

@@ -49,11 +49,12 @@ from llmtrain.model.block import Block
 from llmtrain.model.seams import Seams
 from llmtrain.model.transformer import Transformer
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
-from llmtrain.train.engine import StepResult, fill_all, for_checkpoint
+from llmtrain.train.engine import StepResult
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
 from llmtrain.train.ranks import sum_once
+from llmtrain.train.state import fill_all, for_checkpoint
 
 log = logging.getLogger(__name__)
 

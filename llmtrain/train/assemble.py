@@ -39,7 +39,7 @@ from llmtrain.tracking.wandb import wandb_id
 from llmtrain.train.certificate import differences
 from llmtrain.train.check import check_train
 from llmtrain.train.config import Intent, Precision, TrainRoot
-from llmtrain.train.engine import CountedSource, Engine
+from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
 from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, held_out_sums, train
 from llmtrain.train.optimizer import state_kinds
@@ -48,6 +48,7 @@ from llmtrain.train.ranks import join_ranks
 from llmtrain.train.roll_call import RollCall
 from llmtrain.train.run_folder import RunFolder
 from llmtrain.train.start_up import StartUp
+from llmtrain.train.state import CountedSource
 
 log = logging.getLogger(__name__)
 

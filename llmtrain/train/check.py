@@ -375,19 +375,26 @@ def _check_disk(cfg: TrainRoot, found: Findings) -> None:
         return
     one = num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM
     there = list_checkpoints(RunFolder(folder).checkpoints)
-    more = max(1, cfg.save.keep_last + 1 - len(there))  # a new one is whole before the oldest goes
+    more = max(1, _num_kept(cfg) + 1 - len(there))  # a new one is whole before the oldest goes
     free = files.free_bytes(folder)
     if free < one * more:
         found.problems.append(
             f"not enough disk space in {existing}: {more} more checkpoints of {format_bytes(one)} need "
             f"{format_bytes(one * more)}, {format_bytes(free)} are free; make room, or lower "
-            f"save.keep_last"
+            f"save.keep_last, keep_best, or raise keep_every_tokens"
         )
     else:
         found.facts.append(
             f"model: {format_count(num_params(cfg.model))} parameters, checkpoints of {format_bytes(one)}, "
             f"{format_bytes(free)} free"
         )
+
+
+def _num_kept(cfg: TrainRoot) -> int:
+    """The most checkpoints that stay."""
+    save = cfg.save
+    by_tokens = cfg.train.total_tokens // save.keep_every_tokens if save.keep_every_tokens else 0
+    return save.keep_last + save.keep_best + by_tokens
 
 
 def _check_certificate(cfg: TrainRoot, num_ranks: int | None, found: Findings) -> None:

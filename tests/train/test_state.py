@@ -15,7 +15,7 @@ from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.write import ALONE
 from llmtrain.errors import CheckpointError
-from llmtrain.train.engine import CountedSource, OnDevice, fill, for_checkpoint
+from llmtrain.train.state import CountedSource, OnDevice, fill, for_checkpoint
 
 
 def ones(kind: str, name: str, start: int, into: Any) -> None:
