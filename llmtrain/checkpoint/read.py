@@ -7,10 +7,10 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -170,27 +170,24 @@ class CheckpointReader:
 
     def files(self) -> list[tuple[Path, int, int]]:
         """Path, bytes and number of pieces of every rank's file."""
-        tensors = [tensor for by_name in self._tensors.values() for tensor in by_name.values()]
-        num_pieces = Counter(stored.file for tensor in tensors for stored in tensor.stored)
-        sizes = zip(self._files, self._sizes, strict=True)
-        return [(path, num_bytes, num_pieces[at]) for at, (path, num_bytes) in enumerate(sizes)]
+        sizes = zip(self._files, self._sizes, self._contents, strict=True)
+        return [(path, num_bytes, len(rows) - 1) for path, num_bytes, rows in sizes]
 
     def problems_of(self, file: int) -> Iterator[str]:
         """A sentence for every damaged piece of a file, which is read as a whole."""
-        rows = [(0, *self._headers[file], "its header")]
+        return damage(self._files[file], self._contents[file])
+
+    @cached_property
+    def _contents(self) -> list[list[tuple[int, int, str, str]]]:
+        """Of each file (offset, bytes, xxh3_128, what), by offset; the first is its header."""
+        found = [[(0, num_bytes, xxh3_128, "its header")] for num_bytes, xxh3_128 in self._headers]
         for kind, by_name in self._tensors.items():
             for name, tensor in by_name.items():
-                rows += [
-                    (
-                        stored.offset,
-                        stored.length * tensor.dtype.itemsize,
-                        stored.xxh3_128,
-                        f"{kind} {name}[{stored.start}:{stored.start + stored.length}]",
-                    )
-                    for stored in tensor.stored
-                    if stored.file == file
-                ]
-        return damage(self._files[file], sorted(rows))
+                for stored in tensor.stored:
+                    what = f"{kind} {name}[{stored.start}:{stored.start + stored.length}]"
+                    num_bytes = stored.length * tensor.dtype.itemsize
+                    found[stored.file].append((stored.offset, num_bytes, stored.xxh3_128, what))
+        return [sorted(rows) for rows in found]
 
     def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Of every tensor of a kind, by name."""

@@ -21,10 +21,8 @@ from llmtrain.errors import CheckpointError
 
 ALIGNMENT = 64
 """Bytes: of every piece in a buffer."""
-
-
 COPY_THREADS = 4
-"""Or as many cores as there are: one does not fill a memory bus."""
+"""One does not fill a memory bus."""
 COPY_BYTES = 16 << 20
 """That one of them copies at once."""
 
@@ -77,7 +75,7 @@ class Saver:
 
         def note(copied: float) -> None:
             end = time.perf_counter()
-            self._saved.append(Saved(step, end - start, waited - start, (copied or end) - waited))
+            self._saved.append(Saved(step, end - start, waited - start, copied - waited))
 
         if not self._config.in_background:
             write(pieces)
@@ -117,7 +115,9 @@ class Saver:
 
     def take_saved(self) -> list[Saved]:
         """Those on the disk since the last call."""
-        saved, self._saved = self._saved, []
+        saved = []
+        while self._saved:  # the writer may add one meanwhile
+            saved.append(self._saved.pop(0))
         return saved
 
     def _copy(self, pieces: Iterable[Piece]) -> list[Piece]:
