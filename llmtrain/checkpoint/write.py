@@ -80,6 +80,31 @@ def save_checkpoint(
         CheckpointError: On every rank when any rank fails (a full disk, pieces that overlap or leave a gap).
             Nothing is left of this save, and the earlier checkpoints are as they were.
     """
+    own = [(file_name(ranks.rank), pieces)]
+    return _save(folder, step=step, files=own, state=state, ranks=ranks, config=config)
+
+
+def write_checkpoint(
+    folder: Path, *, step: int, files: Iterable[Iterable[Piece]], state: dict[str, Any], config: SaveConfig
+) -> Path:
+    """As `save_checkpoint`, by one process that writes several files, one after the other.
+
+    Args:
+        files: the pieces of each. `values` that lie elsewhere are asked for one by one, as they are written.
+    """
+    named = [(file_name(at), pieces) for at, pieces in enumerate(files)]
+    return _save(folder, step=step, files=named, state=state, ranks=ALONE, config=config)
+
+
+def _save(
+    folder: Path,
+    *,
+    step: int,
+    files: Sequence[tuple[str, Iterable[Piece]]],
+    state: dict[str, Any],
+    ranks: Ranks,
+    config: SaveConfig,
+) -> Path:
     temporary = folder / f"{TEMPORARY_PREFIX}{folder_name(step)}"
     final = folder / folder_name(step)
 
@@ -113,7 +138,7 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
         return [step, ranks.world_size]
 
-    def write() -> dict[str, Any]:
+    def write() -> list[dict[str, Any]]:
         if len(set(map(tuple, claims))) > 1 or len(claims) != ranks.world_size:
             raise CheckpointError(f"the ranks disagree on [step, world_size]: {some(map(str, claims))}")
         if not temporary.is_dir():
@@ -121,11 +146,12 @@ def save_checkpoint(
                 f"{temporary}, which rank 0 has just made, is not there on {socket.gethostname()}; "
                 "the run folder must be on a file system that all nodes share"
             )
-        return write_rank_file(temporary / file_name(ranks.rank), list(pieces))
+        return [write_rank_file(temporary / name, list(pieces)) for name, pieces in files]
 
     def commit() -> None:
         if ranks.rank == 0:
-            _commit(temporary, final, step=step, state=state, written=written)
+            everything = [file for of_rank in written for file in of_rank]
+            _commit(temporary, final, step=step, state=state, written=everything)
             retire(folder, step=step, config=config)
 
     claims = agree(prepare)

@@ -38,6 +38,11 @@ NICENESS = 10
 """W&B's import and service take what training leaves of the cores."""
 
 
+FALL_BACK_INIT_TIMEOUT_S = 60.0
+"""At least, for the start offline after one online has failed: a limit set for a network's answer may be
+short for a busy machine."""
+
+
 def with_grace(timeout_s: float) -> float:
     """When to end W&B from outside: a little after the limit that it was given to end by itself."""
     return 1.1 * timeout_s + 0.5
@@ -218,6 +223,8 @@ class _Process:
     def _init(self, mode: Mode) -> Any:
         """Start W&B; where online does not work, offline; where nothing works, say so and return None."""
         spec = self._spec
+        if mode != spec["mode"]:
+            spec["init_timeout_s"] = max(spec["init_timeout_s"], FALL_BACK_INIT_TIMEOUT_S)
         self._init_deadline = time.monotonic() + with_grace(spec["init_timeout_s"])
         try:
             import wandb  # noqa: PLC0415  only this process pays for it, and a run works without it

@@ -298,10 +298,10 @@ def test_a_killed_training_leaves_a_finished_offline_run(tmp_path):
 def test_an_unreachable_service_falls_back_to_a_real_offline_run(tmp_path, monkeypatch, reports):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    config = TrackingConfig(wandb=WandbMode.online, wandb_init_timeout_s=1.0)
+    config = TrackingConfig(wandb=WandbMode.online, wandb_init_timeout_s=0.5, wandb_finish_timeout_s=60.0)
     sink = WandbSink(config, tmp_path, run_name="r", run_config={}, report=reports.append)
     sink.log(step_record(1))
-    finish_in(sink, 25)
+    finish_in(sink, 70)
     assert "going on offline" in reports[0]
     assert reports[1].startswith("offline, run ")
     paths = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
