@@ -9,6 +9,9 @@ from llmtrain.errors import ConfigError
 
 @dataclass(kw_only=True)
 class SaveConfig:
+    folder: str | None = None
+    """Where checkpoints go: a folder, or a URL that fsspec opens (s3://, gs://, ...), of this run alone;
+    null: checkpoints/ of the run folder."""
     every_steps: int = 1000
     """Steps between checkpoints; one is also saved after the last step and at a stop signal."""
     in_background: bool = True
@@ -26,6 +29,8 @@ class SaveConfig:
     """Beside them, so many with the lowest held-out loss, of those that were evaluated at their step."""
 
     def __post_init__(self) -> None:
+        if self.folder == "":
+            raise ConfigError("save.folder is empty; name a folder or a URL, or set it to null")
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"save.{name}={getattr(self, name)} must be at least 1")

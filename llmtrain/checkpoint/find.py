@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
+from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
-from llmtrain.checkpoint.format import MARKER_FILE, STEP_NAME, TEMPORARY_PREFIX, some
+from llmtrain.checkpoint.format import MARKER_FILE, STEP_NAME, UNFINISHED_FILE, some
 from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
+OURS = re.compile(rf"\.|rank-|manifest|{UNFINISHED_FILE}$")
+"""Of the names in a step's folder: what a save writes, but for the marker."""
 
-def list_checkpoints(folder: Path) -> list[int]:
+
+def checkpoints_of(path: Place) -> Place:
+    """Where the checkpoints are of a run folder, or of a folder of checkpoints."""
+    if "checkpoints" in (there := storage.names(path)):
+        return path / "checkpoints"
+    if isinstance(path, Path) and "config.yaml" in there:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
+        return place_of(config.get("save", {}).get("folder") or path)
+    return path
+
+
+def list_checkpoints(folder: Place) -> list[int]:
     """Return the committed steps in `folder`, ascending. A folder that does not exist holds none."""
-    return sorted(step for step, path in _step_folders(folder).items() if (path / MARKER_FILE).exists())
+    return sorted(step for step, path in _step_folders(folder).items() if MARKER_FILE in storage.names(path))
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Place, step: int) -> Place:
     """Return the committed checkpoint of `step`; CheckpointError lists the steps there are."""
     steps = list_checkpoints(folder)
     if step not in steps:
@@ -28,13 +46,12 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return _step_folders(folder)[step]
 
 
-def newest_folder(folder: Path) -> Path | None:
+def newest_folder(folder: Place) -> Place | None:
     """The newest checkpoint in `folder`, whole or not; None if there is none."""
-    folders = _step_folders(folder)
-    return folders[max(folders)] if folders else None
+    return next(_claimed(folder), None)
 
 
-def newest_checkpoint(folder: Path, *, verify: bool = True) -> Path | None:
+def newest_checkpoint(folder: Place, *, verify: bool = True) -> Place | None:
     """Return the newest checkpoint in `folder` that is whole, or None if there never was one.
 
     A damaged one is logged as an error and the next older is tried. With `verify=False` only its marker,
@@ -49,14 +66,14 @@ def newest_checkpoint(folder: Path, *, verify: bool = True) -> Path | None:
     return whole
 
 
-def newest_whole(folder: Path, *, verify: bool) -> tuple[Path | None, list[str]]:
+def newest_whole(folder: Place, *, verify: bool) -> tuple[Place | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with each newer one.
 
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
     """
     damaged: list[str] = []
-    for _, path in sorted(_step_folders(folder).items(), reverse=True):
+    for path in _claimed(folder):
         try:
             reader = CheckpointReader(path)
             if verify:
@@ -73,18 +90,26 @@ def newest_whole(folder: Path, *, verify: bool) -> tuple[Path | None, list[str]]
     return None, []
 
 
-def _step_folders(folder: Path) -> dict[int, Path]:
-    """Step → its folder. One set aside by a replacement counts only while the new one is not there."""
-    if not folder.is_dir():
-        return {}
-    found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):  # "step-N" sorts before "step-N.replaced"
-        if match := STEP_NAME.fullmatch(path.name):
-            found.setdefault(int(match[1]), path)
-    return found
+def _claimed(folder: Place) -> Iterator[Place]:
+    """Step folders that hold a checkpoint or must have held one, newest first: not those that are being saved
+    or deleted."""
+    for _, path in sorted(_step_folders(folder).items(), reverse=True):
+        there = _visible(storage.names(path))
+        if MARKER_FILE in there or (there and UNFINISHED_FILE not in there):
+            yield path
 
 
-def retire(folder: Path, *, step: int, config: SaveConfig) -> None:
+def _visible(names: list[str]) -> list[str]:
+    """Without temporary files, whose names begin with a dot."""
+    return [name for name in names if not name.startswith(".")]
+
+
+def _step_folders(folder: Place) -> dict[int, Place]:
+    found = {name: STEP_NAME.fullmatch(name) for name in storage.names(folder)}
+    return {int(match[1]): folder / name for name, match in found.items() if match}
+
+
+def retire(folder: Place, *, step: int, config: SaveConfig) -> None:
     """Delete the checkpoints before `step` that `config` does not keep."""
     earlier = [older for older in list_checkpoints(folder) if older < step]
     kept = _kept(folder, [*earlier, step], config)
@@ -93,7 +118,7 @@ def retire(folder: Path, *, step: int, config: SaveConfig) -> None:
             remove(checkpoint_path(folder, older))
 
 
-def _kept(folder: Path, steps: list[int], config: SaveConfig) -> set[int]:
+def _kept(folder: Place, steps: list[int], config: SaveConfig) -> set[int]:
     kept = set(steps[-config.keep_last :])
     if not (config.keep_every_tokens or config.keep_best):
         return kept
@@ -117,22 +142,42 @@ def _kept(folder: Path, steps: list[int], config: SaveConfig) -> set[int]:
     return kept | set(sorted(losses, key=lambda step: (losses[step], step))[: config.keep_best])
 
 
-def remove(checkpoint: Path) -> None:
-    """Delete a folder that nothing needs any more: unseen first, so that no half of it is ever found."""
-    doomed = checkpoint.with_name(f"{TEMPORARY_PREFIX}retired-{checkpoint.name}")
+def remove(checkpoint: Place) -> None:
+    """Delete a checkpoint that nothing needs any more; first of all, it does not count any more."""
     try:
-        if checkpoint.exists():
-            checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
-    except OSError as error:
+        storage.replace(checkpoint / MARKER_FILE, checkpoint / UNFINISHED_FILE)
+        _delete(checkpoint, storage.names(checkpoint))
+    except (OSError, CheckpointError) as error:
         log.warning("could not delete the old checkpoint %s: %s", checkpoint, error)
 
 
-def clean(folder: Path) -> None:
-    """Remove what saves that were killed have left behind."""
-    for leftover in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        log.info("removing %s, left by a save that was cut off", leftover)
-        shutil.rmtree(leftover)
-    for replaced in folder.glob("step-*.replaced"):
-        if (replaced.with_suffix("") / MARKER_FILE).exists():
-            remove(replaced)
+def clean(folder: Place) -> None:
+    """Remove what saves and deletions that were killed have left behind."""
+    for path in _step_folders(folder).values():
+        clean_step(path)
+
+
+def clean_step(path: Place) -> None:
+    """If a save or a deletion has left a step's folder unfinished, delete what does not belong to a committed
+    checkpoint in it."""
+    try:
+        there = storage.names(path)
+        if UNFINISHED_FILE not in there and _visible(there):
+            return
+        if MARKER_FILE not in there:
+            _delete(path, there)
+            return
+        own = CheckpointReader(path).own_names
+        _delete(path, [name for name in there if OURS.match(name) and name not in own])
+    except (OSError, CheckpointError) as error:
+        log.warning("could not tidy %s: %s", path, error)
+
+
+def _delete(folder: Place, names: list[str]) -> None:
+    """UNFINISHED last: as long as it is there, the others do not count. Then the folder, if it is empty."""
+    for name in sorted(names, key=lambda name: name == UNFINISHED_FILE):
+        if name == UNFINISHED_FILE:
+            storage.flush(folder)
+        storage.delete(folder / name)
+    if MARKER_FILE not in storage.names(folder):
+        storage.delete_folder(folder)

@@ -6,7 +6,8 @@ the pieces it owns, as ranges of the flattened logical tensor; nothing on disk k
     checkpoints/step-00000120/
         rank-00000.safetensors ...  a rank's pieces
         manifest.json               state, shapes, dtypes; file, offset and xxh3_128 of every piece
-        COMMITTED                   sha256 of manifest.json
+        COMMITTED                   name and sha256 of the manifest: the checkpoint is there
+        UNFINISHED                  while it is being saved or deleted
 
 Contents are hashed by xxh3_128, and sha256 guards only the manifest, which holds those hashes: sha256 runs at
 1.2 GB/s a core where xxh3_128 runs at 14 (measured on a Xeon with SHA extensions), slower than one NVMe disk
@@ -28,11 +29,12 @@ import numpy as np
 from llmtrain.errors import CheckpointError
 
 FORMAT = "llmtrain checkpoint"
-FORMAT_VERSION = 3
-MANIFEST_FILE = "manifest.json"
+FORMAT_VERSION = 4
 MARKER_FILE = "COMMITTED"
-STEP_NAME = re.compile(r"step-(\d{8,})(\.replaced)?")
-TEMPORARY_PREFIX = ".tmp-"
+UNFINISHED_FILE = "UNFINISHED"
+STEP_NAME = re.compile(r"step-(\d{8,})")
+NUMBERED = re.compile(r"\.(\d+)\.(?:safetensors|json)$")
+MARKER = re.compile(rb"([0-9a-f]{64})  (manifest[.0-9]*\.json)\n")
 
 SAFETENSORS_DTYPES = {
     "|b1": "BOOL",
@@ -122,8 +124,18 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def file_name(rank: int) -> str:
-    return f"rank-{rank:05d}.safetensors"
+def file_name(rank: int, suffix: str = "") -> str:
+    return f"rank-{rank:05d}{suffix}.safetensors"
+
+
+def manifest_name(suffix: str = "") -> str:
+    return f"manifest{suffix}.json"
+
+
+def free_suffix(taken: Iterable[str]) -> str:
+    """Of the names of a save in a folder that holds the files `taken`: of an older save of the same step."""
+    numbers = [int(found[1]) if (found := NUMBERED.search(name)) else 0 for name in taken]
+    return f".{max(numbers) + 1}" if numbers else ""
 
 
 # -- a rank's file
@@ -210,9 +222,9 @@ def manifest(
     )
 
 
-def marker(content: bytes) -> bytes:
-    """Of a manifest, in the form that `sha256sum --check COMMITTED` reads."""
-    return f"{hashlib.sha256(content).hexdigest()}  {MANIFEST_FILE}\n".encode()
+def marker(content: bytes, name: str) -> bytes:
+    """Of the manifest `name`, in the form that `sha256sum --check COMMITTED` reads."""
+    return f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode()
 
 
 def to_json(value: dict[str, Any]) -> bytes:

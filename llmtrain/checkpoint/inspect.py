@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from llmtrain.checkpoint.find import list_checkpoints, newest_folder
+from llmtrain.checkpoint.find import checkpoints_of, list_checkpoints, newest_folder
 from llmtrain.checkpoint.format import STEP_NAME
 from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.storage import Place
 from llmtrain.errors import CheckpointError
 
 AXES = ("pp_size", "cp_size", "tp_size")
@@ -54,7 +54,7 @@ class Inspection:
         return [problem for file in self.files for problem in file.problems]
 
 
-def find(path: Path) -> Path:
+def find(path: Place) -> Place:
     """A checkpoint itself, or the newest of a run folder or of its checkpoints/.
 
     Raises:
@@ -62,7 +62,7 @@ def find(path: Path) -> Path:
     """
     if STEP_NAME.fullmatch(path.name):
         return path
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folder = checkpoints_of(path)
     newest = newest_folder(folder)
     if newest is None:
         raise CheckpointError(
@@ -71,7 +71,7 @@ def find(path: Path) -> Path:
     return newest
 
 
-def inspect_checkpoint(path: Path, *, verify: bool) -> Inspection:
+def inspect_checkpoint(path: Place, *, verify: bool) -> Inspection:
     """
     Args:
         path: a run folder, its checkpoints/, or one step's folder.

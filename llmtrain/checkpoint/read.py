@@ -6,22 +6,19 @@ import bisect
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import xxhash
 
-from llmtrain.checkpoint.format import FORMAT_VERSION, MANIFEST_FILE, MARKER_FILE, marker, some
+from llmtrain.checkpoint import storage
+from llmtrain.checkpoint.format import FORMAT_VERSION, MARKER, MARKER_FILE, STEP_NAME, some
+from llmtrain.checkpoint.storage import Place, Ranges
 from llmtrain.errors import CheckpointError, unknown_name
 from llmtrain.units import format_bytes
-
-HASH_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,12 @@ class CheckpointReader:
     contents. A read that covers a whole piece compares its hash on the way.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         manifest = self._open_manifest()
         self.step: int = manifest["step"]
         self.state: dict[str, Any] = manifest["state"]
-        self._files: list[Path] = [path / file["path"] for file in manifest["files"]]
+        self._files: list[Place] = [path / file["path"] for file in manifest["files"]]
         self._headers = [(file["header_bytes"], file["header_xxh3_128"]) for file in manifest["files"]]
         self._sizes: list[int] = [file["num_bytes"] for file in manifest["files"]]
         self.num_bytes = sum(self._sizes)
@@ -76,17 +73,24 @@ class CheckpointReader:
         }
         """Name → logical shape, of every parameter that any kind holds."""
         for file, expected in zip(self._files, self._sizes, strict=True):
-            _check_size(file, expected)
+            check_size(file, expected)
 
     def _open_manifest(self) -> dict[str, Any]:
-        expected = _read_bytes(self.path / MARKER_FILE)
-        content = _read_bytes(self.path / MANIFEST_FILE)
-        self.manifest_hash = hashlib.sha256(content).hexdigest()
-        if expected != marker(content):
+        marker = self.path / MARKER_FILE
+        told = storage.read_bytes(marker)
+        match = MARKER.fullmatch(told)
+        if match is None:
             raise CheckpointError(
-                f"{self.path / MANIFEST_FILE} has sha256 {self.manifest_hash}, "
-                f"but {MARKER_FILE} beside it says "
-                f"{expected[:100].decode(errors='replace').strip()!r}: one of the two is damaged"
+                f"{marker} is damaged: it must be a sha256 and the name of a manifest, and is {told[:100]!r}"
+            )
+        expected, self._manifest_name = match[1].decode(), match[2].decode()
+        path = self.path / self._manifest_name
+        content = storage.read_bytes(path)
+        self.manifest_hash = hashlib.sha256(content).hexdigest()
+        if expected != self.manifest_hash:
+            raise CheckpointError(
+                f"{path} has sha256 {self.manifest_hash}, and {MARKER_FILE} beside it says {expected}: one "
+                "of the two is damaged"
             )
         manifest: dict[str, Any] = json.loads(content)
         version = manifest.get("format_version")
@@ -95,7 +99,17 @@ class CheckpointReader:
                 f"{self.path} has checkpoint format_version={version}, and this llmtrain reads "
                 f"{FORMAT_VERSION}; read it with the llmtrain that wrote it"
             )
+        named = STEP_NAME.fullmatch(self.path.name)
+        if named and int(named[1]) != manifest["step"]:
+            raise CheckpointError(
+                f"{self.path} is the checkpoint of step {manifest['step']}; give it its own name back"
+            )
         return manifest
+
+    @property
+    def own_names(self) -> set[str]:
+        """Of all its files."""
+        return {MARKER_FILE, self._manifest_name, *(file.name for file in self._files)}
 
     def num_elements(self, kind: str) -> int:
         """Of all tensors of a kind."""
@@ -155,11 +169,11 @@ class CheckpointReader:
             into = values[begin - start : end - start].view(np.uint8).data
             path = self._files[stored.file]
             at = stored.offset + (begin - stored.start) * tensor.dtype.itemsize
-            with _open(path) as handle:
+            with storage.open_ranges(path) as ranges:
                 if end - begin < stored.length:
-                    _read_into(handle, path, at, into)
+                    _read_into(ranges, path, at, into)
                     continue
-                found = _read_and_hash(handle, path, at, into)
+                found = _read_and_hash(ranges, path, at, into)
             _check_hash(path, at, found, stored.xxh3_128, f"{kind} {name}[{begin}:{end}]")
 
     def verify(self) -> None:
@@ -168,7 +182,7 @@ class CheckpointReader:
             for problem in self.problems_of(at):
                 raise CheckpointError(problem)
 
-    def files(self) -> list[tuple[Path, int, int]]:
+    def files(self) -> list[tuple[Place, int, int]]:
         """Path, bytes and number of pieces of every rank's file."""
         sizes = zip(self._files, self._sizes, self._contents, strict=True)
         return [(path, num_bytes, len(rows) - 1) for path, num_bytes, rows in sizes]
@@ -201,23 +215,9 @@ class CheckpointReader:
         return self._tensors[kind][name]
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        with open(path, "rb", buffering=0) as handle:
-            yield handle
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    with _open(path) as handle:
-        return handle.read()
-
-
-def _check_size(path: Path, num_bytes: int) -> None:
-    with _open(path) as handle:  # opening, unlike stat, makes NFS ask the server
-        found = os.fstat(handle.fileno()).st_size
+def check_size(path: Place, num_bytes: int) -> None:
+    """Raise CheckpointError unless the file is there with so many bytes."""
+    found = storage.num_bytes(path)
     if found != num_bytes:
         raise CheckpointError(
             f"{path} has {found} bytes ({format_bytes(found)}), "
@@ -225,53 +225,50 @@ def _check_size(path: Path, num_bytes: int) -> None:
         )
 
 
-def _read_into(handle: IO[bytes], path: Path, offset: int, into: memoryview) -> None:
-    done = 0
-    while done < into.nbytes:
-        num_read = os.preadv(handle.fileno(), [into[done:]], offset + done)
-        if num_read == 0:
-            raise CheckpointError(
-                f"{path} ends at byte {offset + done}, and {into.nbytes - done} more are needed"
-            )
-        done += num_read
+def _read_into(ranges: Ranges, path: Place, offset: int, into: memoryview) -> None:
+    done = ranges.read_into(offset, into)
+    if done < into.nbytes:
+        raise CheckpointError(
+            f"{path} ends at byte {offset + done}, and {into.nbytes - done} more are needed"
+        )
 
 
-def _read_and_hash(handle: IO[bytes], path: Path, offset: int, into: memoryview) -> str:
-    """xxh3_128 of what is read: in blocks, which the processor's caches still hold when they are hashed."""
+def _read_and_hash(ranges: Ranges, path: Place, offset: int, into: memoryview) -> str:
+    """xxh3_128 of what is read."""
     digest = xxhash.xxh3_128()
-    for at in range(0, into.nbytes, HASH_BLOCK_BYTES):
-        part = into[at : at + HASH_BLOCK_BYTES]
-        _read_into(handle, path, offset + at, part)
+    for at in range(0, into.nbytes, ranges.block_bytes):
+        part = into[at : at + ranges.block_bytes]
+        _read_into(ranges, path, offset + at, part)
         digest.update(part)
     return digest.hexdigest()
 
 
-def check_contents(path: Path, rows: Sequence[tuple[int, int, str, str]]) -> None:
+def check_contents(path: Place, rows: Sequence[tuple[int, int, str, str]]) -> None:
     """Compare a file with its (offset, bytes, xxh3_128, what) rows."""
     for problem in damage(path, rows):
         raise CheckpointError(problem)
 
 
-def damage(path: Path, rows: Sequence[tuple[int, int, str, str]]) -> Iterator[str]:
+def damage(path: Place, rows: Sequence[tuple[int, int, str, str]]) -> Iterator[str]:
     """A sentence for each of the (offset, bytes, xxh3_128, what) rows that the file does not hold."""
-    block = memoryview(bytearray(HASH_BLOCK_BYTES))
-    with _open(path) as handle:
+    with storage.open_ranges(path) as ranges:
+        block = memoryview(bytearray(ranges.block_bytes))
         for offset, num_bytes, expected, what in rows:
             end = offset + num_bytes
             digest = xxhash.xxh3_128()
-            for at in range(offset, end, HASH_BLOCK_BYTES):
-                part = block[: min(HASH_BLOCK_BYTES, end - at)]
-                _read_into(handle, path, at, part)
+            for at in range(offset, end, ranges.block_bytes):
+                part = block[: min(ranges.block_bytes, end - at)]
+                _read_into(ranges, path, at, part)
                 digest.update(part)
             found = digest.hexdigest()
             if found != expected:
                 yield _damaged(path, offset, found, expected, what)
 
 
-def _check_hash(path: Path, offset: int, found: str, expected: str, what: str) -> None:
+def _check_hash(path: Place, offset: int, found: str, expected: str, what: str) -> None:
     if found != expected:
         raise CheckpointError(_damaged(path, offset, found, expected, what))
 
 
-def _damaged(path: Path, offset: int, found: str, expected: str, what: str) -> str:
+def _damaged(path: Place, offset: int, found: str, expected: str, what: str) -> str:
     return f"{path} is damaged: {what} at byte {offset} has xxh3_128 {found}, the manifest says {expected}"

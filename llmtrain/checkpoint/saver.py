@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.format import Elsewhere, Piece
+from llmtrain.checkpoint.storage import Place
 from llmtrain.checkpoint.write import Ranks, save_checkpoint
 from llmtrain.errors import CheckpointError
 
@@ -43,7 +43,7 @@ class Saved:
 class Saver:
     """One a rank. All ranks save the same steps; each writes its own pieces."""
 
-    def __init__(self, folder: Path, ranks: Ranks, config: SaveConfig) -> None:
+    def __init__(self, folder: Place, ranks: Ranks, config: SaveConfig) -> None:
         """
         Args:
             ranks: how they talk. With `in_background` a thread does: over a group that nobody else uses.

@@ -1,43 +1,44 @@
 """A save is one transaction over all ranks: it is there whole, or not at all.
 
-Phase one: every rank writes its file into `.tmp-step-...`, flushes it to the disk, reads it back and compares
-hashes; all ranks then exchange their outcome. Phase two, on rank 0: the pieces of every tensor must cover it
-exactly once; manifest, marker, rename to the final name, each flushed before the next. A process killed at
-any moment leaves a checkpoint that is complete or one that nobody sees.
+Phase one: rank 0 puts UNFINISHED into the step's folder; every rank writes its file there, flushes it to the
+disk, reads it back and compares hashes; all ranks then exchange their outcome. Phase two, on rank 0: the
+pieces of every tensor must cover it exactly once; manifest, then marker, which is the commit, each flushed
+before the next. A process killed at any moment leaves a checkpoint that is complete, or one that does not
+count.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
+import secrets
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import xxhash
 
+from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
-from llmtrain.checkpoint.find import clean, remove, retire
+from llmtrain.checkpoint.find import clean, clean_step, retire
 from llmtrain.checkpoint.format import (
-    MANIFEST_FILE,
     MARKER_FILE,
-    TEMPORARY_PREFIX,
+    UNFINISHED_FILE,
     Piece,
     Row,
     file_name,
     folder_name,
+    free_suffix,
     lay_out,
     manifest,
+    manifest_name,
     marker,
     some,
     to_json,
 )
-from llmtrain.checkpoint.read import CheckpointReader, check_contents
+from llmtrain.checkpoint.read import check_contents, check_size
+from llmtrain.checkpoint.storage import Place
 from llmtrain.errors import CheckpointError
-from llmtrain.files import fsync_folder
 
 Result = TypeVar("Result")
 
@@ -56,14 +57,14 @@ ALONE = Ranks(0, 1, lambda value: [value])
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: Place,
     *,
     step: int,
     pieces: Iterable[Piece],
     state: dict[str, Any],
     ranks: Ranks,
     config: SaveConfig,
-) -> Path:
+) -> Place:
     """Save `step` in `folder` as one transaction over all ranks, and return the checkpoint's path.
 
     Every rank calls this with the same `step`, and with the pieces that it owns. An older checkpoint of the
@@ -80,32 +81,31 @@ def save_checkpoint(
         CheckpointError: On every rank when any rank fails (a full disk, pieces that overlap or leave a gap).
             Nothing is left of this save, and the earlier checkpoints are as they were.
     """
-    own = [(file_name(ranks.rank), pieces)]
+    own = [(ranks.rank, pieces)]
     return _save(folder, step=step, files=own, state=state, ranks=ranks, config=config)
 
 
 def write_checkpoint(
-    folder: Path, *, step: int, files: Iterable[Iterable[Piece]], state: dict[str, Any], config: SaveConfig
-) -> Path:
+    folder: Place, *, step: int, files: Iterable[Iterable[Piece]], state: dict[str, Any], config: SaveConfig
+) -> Place:
     """As `save_checkpoint`, by one process that writes several files, one after the other.
 
     Args:
         files: the pieces of each. `values` that lie elsewhere are asked for one by one, as they are written.
     """
-    named = [(file_name(at), pieces) for at, pieces in enumerate(files)]
-    return _save(folder, step=step, files=named, state=state, ranks=ALONE, config=config)
+    numbered = list(enumerate(files))
+    return _save(folder, step=step, files=numbered, state=state, ranks=ALONE, config=config)
 
 
 def _save(
-    folder: Path,
+    folder: Place,
     *,
     step: int,
-    files: Sequence[tuple[str, Iterable[Piece]]],
+    files: Sequence[tuple[int, Iterable[Piece]]],
     state: dict[str, Any],
     ranks: Ranks,
     config: SaveConfig,
-) -> Path:
-    temporary = folder / f"{TEMPORARY_PREFIX}{folder_name(step)}"
+) -> Place:
     final = folder / folder_name(step)
 
     def agree(work: Callable[[], Result]) -> list[Result]:
@@ -123,36 +123,55 @@ def _save(
         ]
         if failures:
             if ranks.rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            ranks.gather(None)  # nobody tries again while rank 0 is still removing the folder
+                clean_step(final)
+            ranks.gather(None)  # nobody tries again while rank 0 is still deleting
             raise CheckpointError(
                 f"could not save step {step} in {folder}: {some(failures)}; "
                 "the earlier checkpoints there are untouched"
             ) from cause
         return [outcome["result"] for outcome in outcomes]
 
-    def prepare() -> list[int]:
+    def prepare() -> _Claim:
+        own: _Claim = {"step": step, "world_size": ranks.world_size, "suffix": "", "token": ""}
         if ranks.rank == 0:
             to_json(state)
             clean(folder)
-            temporary.mkdir(parents=True)
-        return [step, ranks.world_size]
+            own |= {"suffix": free_suffix(storage.names(final)), "token": secrets.token_hex(8)}
+            storage.put(final / UNFINISHED_FILE, own["token"].encode())
+        return own
 
     def write() -> list[dict[str, Any]]:
-        if len(set(map(tuple, claims))) > 1 or len(claims) != ranks.world_size:
-            raise CheckpointError(f"the ranks disagree on [step, world_size]: {some(map(str, claims))}")
-        if not temporary.is_dir():
+        told = [[claim["step"], claim["world_size"]] for claim in claims]
+        if told != [[step, ranks.world_size]] * ranks.world_size:
+            raise CheckpointError(f"the ranks disagree on [step, world_size]: {some(map(str, told))}")
+        if _token(final) != claims[0]["token"]:
             raise CheckpointError(
-                f"{temporary}, which rank 0 has just made, is not there on {socket.gethostname()}; "
-                "the run folder must be on a file system that all nodes share"
+                f"{final / UNFINISHED_FILE}, which rank 0 has just written, is not there on "
+                f"{socket.gethostname()}; all nodes must share the folder of the checkpoints"
             )
-        return [write_rank_file(temporary / name, list(pieces)) for name, pieces in files]
+        suffix = claims[0]["suffix"]
+        return [write_rank_file(final / file_name(at, suffix), list(pieces)) for at, pieces in files]
 
     def commit() -> None:
-        if ranks.rank == 0:
-            everything = [file for of_rank in written for file in of_rank]
-            _commit(temporary, final, step=step, state=state, written=everything)
-            retire(folder, step=step, config=config)
+        if ranks.rank != 0:
+            return
+        everything = [file for of_rank in written for file in of_rank]
+        for file in everything:
+            check_size(final / file["file"]["path"], file["file"]["num_bytes"])  # it is visible from here
+        if _token(final) != claims[0]["token"]:
+            raise CheckpointError(f"another run saves in {folder}, too; give each its own save.folder")
+        content = manifest(
+            step=step,
+            state=state,
+            files=[file["file"] for file in everything],
+            tables=[file["rows"] for file in everything],
+        )
+        name = manifest_name(claims[0]["suffix"])
+        storage.write(final / name, lambda: [memoryview(content)])
+        storage.flush(final)
+        storage.put(final / MARKER_FILE, marker(content, name))
+        clean_step(final)
+        retire(folder, step=step, config=config)
 
     claims = agree(prepare)
     written = agree(write)
@@ -160,22 +179,41 @@ def _save(
     return final
 
 
-def write_rank_file(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
+class _Claim(TypedDict):
+    """What a rank thinks it saves, and, of rank 0's, how the files are called."""
+
+    step: int
+    world_size: int
+    suffix: str
+    token: str
+    """In UNFINISHED: who sees another is on another file system, or not alone."""
+
+
+def _token(final: Place) -> str:
+    unfinished = final / UNFINISHED_FILE
+    return storage.read_bytes(unfinished).decode(errors="replace") if storage.exists(unfinished) else ""
+
+
+def write_rank_file(path: Place, pieces: Sequence[Piece]) -> dict[str, Any]:
     """Write a rank's file, flush it and read it back.
 
     Returns:
         Its `file` as the manifest has it, and its `rows` with their hashes, as JSON.
     """
     header, rows = lay_out(pieces)
-    header_hash, hashes = xxhash.xxh3_128_hexdigest(header), []
-    with open(path, "xb", buffering=0) as handle:
-        write_all(handle, memoryview(header))
+    header_hash = xxhash.xxh3_128_hexdigest(header)
+    hashes: list[str] = []
+
+    def chunks() -> Iterator[memoryview]:
+        hashes.clear()
+        yield memoryview(header)
         for piece in pieces:
             values = np.ascontiguousarray(piece.values, dtype=piece.values.dtype.newbyteorder("<"))
             content = values.view(np.uint8).data
             hashes.append(xxhash.xxh3_128_hexdigest(content))
-            write_all(handle, content)
-        os.fsync(handle.fileno())
+            yield content
+
+    storage.write(path, chunks)
     hashed = list(zip(rows, hashes, strict=True))
     contents = [(row.offset, row.num_bytes, found, str(row)) for row, found in hashed]
     check_contents(path, [(0, len(header), header_hash, "its header"), *contents])
@@ -201,40 +239,3 @@ def _plain(row: Row, xxh3_128: str) -> dict[str, Any]:
         "offset": row.offset,
         "xxh3_128": xxh3_128,
     }
-
-
-def write_all(handle: IO[bytes], content: memoryview) -> None:
-    """A raw `write` may take only a part: at most 2 GiB on Linux, less on a disk that is almost full."""
-    while content:
-        content = content[handle.write(content) :]
-
-
-def _commit(
-    temporary: Path, final: Path, *, step: int, state: dict[str, Any], written: Sequence[Mapping[str, Any]]
-) -> None:
-    """Make the files in `temporary` the checkpoint `final`."""
-    content = manifest(
-        step=step,
-        state=state,
-        files=[each["file"] for each in written],
-        tables=[each["rows"] for each in written],
-    )
-    _write_durably(temporary / MANIFEST_FILE, content)
-    fsync_folder(temporary)
-    _write_durably(temporary / MARKER_FILE, marker(content))
-    fsync_folder(temporary)
-    CheckpointReader(temporary)  # every rank's file is visible from here with its full size
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)  # still counts as committed, until the new one has its name
-    temporary.rename(final)
-    fsync_folder(final.parent)
-    remove(replaced)
-
-
-def _write_durably(path: Path, content: bytes) -> None:
-    with open(path, "xb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())

@@ -21,6 +21,7 @@ import zstandard
 from rich.console import Console
 from rich.table import Table
 
+from llmtrain.checkpoint.storage import place_of
 from llmtrain.cli.compose import run_verb
 from llmtrain.cli.restore import Precision, load_transformer
 from llmtrain.data.config import Packing
@@ -65,7 +66,7 @@ class CompressedSizes:
 def evaluate(cfg: EvaluateRoot) -> None:
     """Measure, write the JSON, print the table."""
     loaded = load_transformer(
-        Path(cfg.checkpoint),
+        place_of(cfg.checkpoint),
         data_folder=None if cfg.data_folder is None else Path(cfg.data_folder),
         device=cfg.device,
         precision=cfg.precision,

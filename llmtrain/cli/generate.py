@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from llmtrain.checkpoint.storage import place_of
 from llmtrain.cli.compose import run_verb
 from llmtrain.cli.restore import Precision, Restored, load_transformer
 from llmtrain.data.tokenizer.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class GenerateRoot(SamplingConfig):
 def generate_text(cfg: GenerateRoot) -> None:
     """Print each sample as it grows, and say how fast it went."""
     loaded = load_transformer(
-        Path(cfg.checkpoint),
+        place_of(cfg.checkpoint),
         data_folder=None if cfg.data_folder is None else Path(cfg.data_folder),
         device=cfg.device,
         precision=cfg.precision,

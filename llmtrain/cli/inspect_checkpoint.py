@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from llmtrain.checkpoint.inspect import Inspection, inspect_checkpoint
+from llmtrain.checkpoint.storage import place_of
 from llmtrain.cli.compose import run_verb
 from llmtrain.data.trace import OutputFormat
 from llmtrain.units import format_bytes
@@ -35,7 +35,7 @@ def main() -> None:
 
 def show(cfg: InspectCheckpointConfig) -> None:
     """Print what was found; exit status 1 when something is damaged."""
-    found = inspect_checkpoint(Path(cfg.path), verify=cfg.verify)
+    found = inspect_checkpoint(place_of(cfg.path), verify=cfg.verify)
     if cfg.format is OutputFormat.json:
         print(json.dumps(asdict(found) | {"problems": found.problems}, indent=1))
     else:

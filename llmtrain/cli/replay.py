@@ -19,7 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from llmtrain.checkpoint.find import checkpoint_path, list_checkpoints
+from llmtrain.checkpoint.find import checkpoint_path, checkpoints_of, list_checkpoints
+from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.cli.compose import run_verb
 from llmtrain.cli.past_step import TracedRow, excerpt, traced
 from llmtrain.cli.restore import Precision, load_weights
@@ -129,7 +130,7 @@ def replay(cfg: ReplayRoot) -> Replayed:
     step, _ = past.step(cfg.step)
     places = past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch)
     precision = cfg.precision or Precision[root.train.precision.name]
-    checkpoint = Path(cfg.checkpoint) if cfg.checkpoint else _checkpoint_for(folder, cfg.step)
+    checkpoint = place_of(cfg.checkpoint) if cfg.checkpoint else _checkpoint_for(folder, cfg.step)
     model, reader = load_weights(checkpoint, device=cfg.device, precision=precision)
     if reader.step != cfg.step - 1:
         seen = ", and have seen these rows" if reader.step >= cfg.step else ""
@@ -155,9 +156,9 @@ def replay(cfg: ReplayRoot) -> Replayed:
     )
 
 
-def _checkpoint_for(run: Path, step: int) -> Path:
+def _checkpoint_for(run: Path, step: int) -> Place:
     """Weights for a step: those of the step before, or the newest before that, or the oldest after it."""
-    folder = RunFolder(run).checkpoints
+    folder = checkpoints_of(run)
     there = list_checkpoints(folder)
     if not there:
         raise CheckpointError(f"no finished checkpoint in {folder}; name one with checkpoint=FOLDER")

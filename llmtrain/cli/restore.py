@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from llmtrain.checkpoint.find import newest_checkpoint
+from llmtrain.checkpoint.find import checkpoints_of, newest_checkpoint
 from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.storage import Place
 from llmtrain.cli.run_config import data_folder_of
 from llmtrain.data.manifest import Manifest, read_manifest
 from llmtrain.data.tokenizer.load import load_tokenizer
@@ -32,7 +33,7 @@ class Restored:
     model: Transformer
     """In evaluation mode, without gradients."""
     tokenizer: Tokenizer
-    checkpoint: Path
+    checkpoint: Place
     run_folder: Path | None
     """None when the checkpoint does not lie in a run folder."""
     step: int
@@ -43,7 +44,7 @@ class Restored:
 
 
 def load_transformer(
-    path: Path,
+    path: Place,
     *,
     data_folder: Path | None = None,
     device: str | None = None,
@@ -86,7 +87,7 @@ def load_transformer(
 
 
 def load_weights(
-    path: Path, *, device: str | None = None, precision: Precision = Precision.fp32
+    path: Place, *, device: str | None = None, precision: Precision = Precision.fp32
 ) -> tuple[Transformer, CheckpointReader]:
     """Like `load_transformer`, without tokenizer and data."""
     where = _pick_device(device)
@@ -94,19 +95,24 @@ def load_weights(
     return _read_weights(reader, device=where, precision=precision), reader
 
 
-def _open_checkpoint(path: Path) -> tuple[CheckpointReader, Path | None]:
-    if not path.is_dir():
+def _open_checkpoint(path: Place) -> tuple[CheckpointReader, Path | None]:
+    if isinstance(path, Path) and not path.is_dir():
         raise CheckpointError(f"no folder {path}; give checkpoint=RUN_FOLDER, as in checkpoint=runs/demo")
     if path.name.startswith("step-"):
         reader = CheckpointReader(path)
         reader.verify()
-        parent = path.absolute().parent
-        return reader, parent.parent if parent.name == "checkpoints" else None
-    checkpoints = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        return reader, _run_of(path.absolute().parent) if isinstance(path, Path) else None
+    checkpoints = checkpoints_of(path)
     newest = newest_checkpoint(checkpoints)
     if newest is None:
         raise CheckpointError(f"no finished checkpoint in {checkpoints}; has the run saved one yet?")
-    return CheckpointReader(newest), checkpoints.parent if checkpoints.name == "checkpoints" else None
+    if not isinstance(path, Path):
+        return CheckpointReader(newest), None
+    return CheckpointReader(newest), path if checkpoints != path else _run_of(path)
+
+
+def _run_of(checkpoints: Path) -> Path | None:
+    return checkpoints.parent if checkpoints.name == "checkpoints" else None
 
 
 def _find_data(reader: CheckpointReader, run_folder: Path | None) -> Path:

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -22,6 +21,7 @@ from llmtrain import files
 from llmtrain.checkpoint.format import some
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.saver import Saver
+from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.checkpoint.write import Ranks
 from llmtrain.data.manifest import verify
 from llmtrain.errors import EXIT_FAILED, CheckpointError, DiskError, LLMTrainError
@@ -46,7 +46,7 @@ from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
 from llmtrain.train.roll_call import RollCall
-from llmtrain.train.run_folder import RunFolder
+from llmtrain.train.run_folder import RunFolder, run_folder
 from llmtrain.train.start_up import StartUp
 from llmtrain.train.state import CountedSource
 
@@ -87,7 +87,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_up.mark("ranks")
         stop = StopSignal()
-        folder = RunFolder(Path(cfg.run.folder))
+        folder = run_folder(cfg)
         stack.callback(_leave_ranks)
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size, device=device.type))
         if start is None:
@@ -270,7 +270,7 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start, data: OpenData) -> Progr
     if start.checkpoint is None:
         engine.load(fresh_weights(engine.placement, seed=cfg.run.seed))
         return Progress(step=0, position=0)
-    reader = _open_alike(Path(start.checkpoint))
+    reader = _open_alike(place_of(start.checkpoint))
     is_resume = cfg.run.intent is not Intent.warm_start
     num_updates = reader.state["num_optimizer_steps"] if is_resume else 0
     kinds = ("weight", *engine.state_kinds) if num_updates else ("weight",)
@@ -295,7 +295,7 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start, data: OpenData) -> Progr
     return Progress(step=reader.step, position=reader.state["position"])
 
 
-def _open_alike(path: Path) -> CheckpointReader:
+def _open_alike(path: Place) -> CheckpointReader:
     """The checkpoint that every rank sees at `path`, if it is one and the same."""
 
     def open_it() -> CheckpointReader:
@@ -344,7 +344,7 @@ def _parent(cfg: TrainRoot, start: Start) -> dict[str, Any] | None:
     """The checkpoint that this attempt began with, and the settings that differ from its own."""
     if start.checkpoint is None:
         return None
-    reader = CheckpointReader(Path(start.checkpoint))
+    reader = CheckpointReader(place_of(start.checkpoint))
     return {
         "checkpoint": start.checkpoint,
         "step": reader.step,

@@ -12,6 +12,7 @@ from pathlib import Path
 from llmtrain import files
 from llmtrain.checkpoint.find import list_checkpoints
 from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.storage import Place
 from llmtrain.data.manifest import read_manifest
 from llmtrain.data.manifest import verify as verify_files
 from llmtrain.errors import ConfigError, DataError, LLMTrainError
@@ -25,7 +26,7 @@ from llmtrain.parallel.deepspeed_keys import check_extra
 from llmtrain.train.certificate import certificate_path, missing
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.deepspeed_config import our_keys
-from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from
+from llmtrain.train.run_folder import checkpoint_to_start_from, run_folder
 from llmtrain.units import format_bytes, format_count
 
 CHECKPOINT_BYTES_PER_PARAM = 12
@@ -85,7 +86,7 @@ class Findings:
     """What the run will be, with the sums behind it."""
     data_hash: str = ""
     """OpenData.hash; empty when the data could not be opened."""
-    checkpoint: Path | None = None
+    checkpoint: Place | None = None
     """Where the run would start from; None for fresh weights."""
     accepted_change: bool = False
     """Whether a resume would go on with other data, as the user asked."""
@@ -280,7 +281,7 @@ def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings, *, veri
             f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
         )
     try:
-        path = found.checkpoint = checkpoint_to_start_from(cfg.run, verify=verify)
+        path = found.checkpoint = checkpoint_to_start_from(cfg.run, run_folder(cfg), verify=verify)
         if path is None:
             found.facts.append("start: fresh weights, step 0")
             return
@@ -364,30 +365,34 @@ def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[lis
 
 
 def _check_disk(cfg: TrainRoot, found: Findings) -> None:
-    folder = Path(cfg.run.folder)
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        found.problems.append(
-            f"run.folder={folder} cannot be written: {existing} is not a folder that you may write to"
-        )
-        return
+    saved = run_folder(cfg).checkpoints
+    for name, folder in (("run.folder", Path(cfg.run.folder)), ("save.folder", saved)):
+        if not isinstance(folder, Path):
+            continue
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            found.problems.append(
+                f"{name}={folder} cannot be written: {existing} is not a folder that you may write to"
+            )
+            return
     one = num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM
-    there = list_checkpoints(RunFolder(folder).checkpoints)
+    what = f"model: {format_count(num_params(cfg.model))} parameters, checkpoints of {format_bytes(one)}"
+    if not isinstance(saved, Path):
+        found.facts.append(f"{what} in {saved}")
+        return
+    there = list_checkpoints(saved)
     more = max(1, _num_kept(cfg) + 1 - len(there))  # a new one is whole before the oldest goes
-    free = files.free_bytes(folder)
+    free = files.free_bytes(saved)
     if free < one * more:
         found.problems.append(
-            f"not enough disk space in {existing}: {more} more checkpoints of {format_bytes(one)} need "
+            f"not enough disk space for {saved}: {more} more checkpoints of {format_bytes(one)} need "
             f"{format_bytes(one * more)}, {format_bytes(free)} are free; make room, or lower "
             f"save.keep_last, keep_best, or raise keep_every_tokens"
         )
     else:
-        found.facts.append(
-            f"model: {format_count(num_params(cfg.model))} parameters, checkpoints of {format_bytes(one)}, "
-            f"{format_bytes(free)} free"
-        )
+        found.facts.append(f"{what}, {format_bytes(free)} free")
 
 
 def _num_kept(cfg: TrainRoot) -> int:

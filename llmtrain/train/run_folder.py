@@ -6,11 +6,12 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmtrain.checkpoint.find import newest_whole
+from llmtrain.checkpoint.find import checkpoints_of, newest_folder, newest_whole
 from llmtrain.checkpoint.read import CheckpointReader
+from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.tracking.metrics import read_lines
-from llmtrain.train.config import Intent, RunConfig
+from llmtrain.train.config import Intent, RunConfig, TrainRoot
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +19,12 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
+    save_folder: str | None = None
+    """Of the config."""
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Place:
+        return self.path / "checkpoints" if self.save_folder is None else place_of(self.save_folder)
 
     @property
     def metrics(self) -> Path:
@@ -38,10 +41,17 @@ class RunFolder:
         return self.path / "run.json"
 
     def holds_a_run(self) -> bool:
-        return self.metrics.exists() or self.checkpoints.exists()
+        return self.metrics.exists() or self.holds_checkpoints()
+
+    def holds_checkpoints(self) -> bool:
+        return newest_folder(self.checkpoints) is not None
 
 
-def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
+def run_folder(cfg: TrainRoot) -> RunFolder:
+    return RunFolder(Path(cfg.run.folder), cfg.save.folder)
+
+
+def checkpoint_to_start_from(cfg: RunConfig, folder: RunFolder, *, verify: bool) -> Place | None:
     """The checkpoint that the intent asks for, or None to start from fresh weights.
 
     A damaged one is passed over only with run.fallback, and not in silence.
@@ -54,11 +64,11 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
         CheckpointError: resume or warm_start without a checkpoint that is whole, or, without run.fallback,
             with a damaged one that is newer.
     """
-    folder = RunFolder(Path(cfg.folder))
     if cfg.intent in (Intent.fresh, Intent.warm_start) and folder.holds_a_run():
-        how = "resume to continue it" if folder.checkpoints.exists() else "fresh_or_resume to start it anew"
+        how = "resume to continue it" if folder.holds_checkpoints() else "fresh_or_resume to start it anew"
+        held = folder.path if folder.metrics.exists() else folder.checkpoints
         raise ConfigError(
-            f"run.intent={cfg.intent.name}, but {folder.path} holds a run already; set run.intent={how}, "
+            f"run.intent={cfg.intent.name}, but {held} holds a run already; set run.intent={how}, "
             f"or choose another run.name"
         )
     if cfg.intent is Intent.fresh:
@@ -66,15 +76,14 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
     source = folder.checkpoints
     if cfg.intent is Intent.warm_start:
         assert cfg.init_from is not None, "checked by RunConfig"
-        source = Path(cfg.init_from)
-        if (source / "checkpoints").is_dir():
-            source = source / "checkpoints"
-        elif source.name.startswith("step-"):
+        source = place_of(cfg.init_from)
+        if source.name.startswith("step-"):
             reader = CheckpointReader(source)
             if verify:
                 reader.verify()
             return source
-    newest = _newest(source, cfg, verify=verify) if source.is_dir() else None
+        source = checkpoints_of(source)
+    newest = _newest(source, cfg, verify=verify)
     if newest is None and cfg.intent is Intent.fresh_or_resume and folder.metrics.exists():
         saved = [line["step"] for line in read_lines(folder.metrics) if line["kind"] == "checkpoint"]
         if saved:
@@ -91,7 +100,7 @@ def checkpoint_to_start_from(cfg: RunConfig, *, verify: bool) -> Path | None:
     return newest
 
 
-def _newest(folder: Path, cfg: RunConfig, *, verify: bool) -> Path | None:
+def _newest(folder: Place, cfg: RunConfig, *, verify: bool) -> Place | None:
     whole, damaged = newest_whole(folder, verify=verify)
     if whole is None or not damaged:
         return whole

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import logging
 import os
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,79 +18,34 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
+from several_ranks import TENSORS, Threads, cut, halves, whole
 
-from llmtrain.checkpoint import find, write
+from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.find import checkpoint_path, list_checkpoints, newest_checkpoint
-from llmtrain.checkpoint.format import FORMAT_VERSION, MANIFEST_FILE, MARKER_FILE, Piece, marker
+from llmtrain.checkpoint.format import (
+    FORMAT_VERSION,
+    MARKER_FILE,
+    UNFINISHED_FILE,
+    Piece,
+    manifest_name,
+    marker,
+)
 from llmtrain.checkpoint.read import CheckpointReader
-from llmtrain.checkpoint.write import ALONE, Ranks, save_checkpoint
+from llmtrain.checkpoint.write import ALONE, save_checkpoint
 from llmtrain.errors import CheckpointError, ConfigError
 
-TENSORS = {
-    "embedding.weight": np.arange(60, dtype=np.float32).reshape(12, 5),
-    "blocks.0.mlp.w_up.weight": np.linspace(-1, 1, 21, dtype=np.float32).reshape(7, 3),
-    "final_norm.weight": np.ones(5, dtype=np.float32),
-    "scale": np.array(2.5, dtype=np.float64),
-    "nothing": np.zeros((0, 4), dtype=np.float32),
-}
-
-
-class Threads:
-    """`world_size` ranks as threads of this process; what they gather goes through JSON."""
-
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
-        self._barrier = threading.Barrier(world_size, timeout=20)
-        self._slots: list[str] = [""] * world_size
-
-    def run(self, work: Callable[[int, dict[str, Any]], Any]) -> list[Any]:
-        """Call work(rank, arguments of save_checkpoint) on all; returns what each returned or raised."""
-        outcomes: list[Any] = [None] * self.world_size
-
-        def run_rank(rank: int) -> None:
-            def gather(value: object) -> list[object]:
-                self._slots[rank] = json.dumps(value)
-                self._barrier.wait()
-                gathered = [json.loads(slot) for slot in self._slots]
-                self._barrier.wait()
-                return gathered
-
-            arguments = {"ranks": Ranks(rank, self.world_size, gather)}
-            try:
-                outcomes[rank] = work(rank, arguments)
-            except Exception as error:
-                outcomes[rank] = error
-
-        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(self.world_size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return outcomes
+MANIFEST_FILE = manifest_name()
 
 
 SOLO = {"ranks": ALONE}
 KEEP_1 = SaveConfig(keep_last=1)
 
 
-def whole(
-    tensors: dict[str, np.ndarray] = TENSORS, *, plus: float = 0.0, kind: str = "weight"
-) -> list[Piece]:
-    return [Piece(kind, name, value.shape, 0, value.reshape(-1) + plus) for name, value in tensors.items()]
-
-
 def save(folder: Path, step: int, *, keep: int = 100, plus: float = 0.0, **state: Any) -> Path:
     return save_checkpoint(
         folder, step=step, pieces=whole(plus=plus), state=state, config=SaveConfig(keep_last=keep), **SOLO
     )  # fmt: skip
-
-
-def cut(value: np.ndarray, kind: str, name: str, borders: list[int]) -> list[Piece]:
-    """The flattened tensor in pieces between these borders."""
-    flat = value.reshape(-1)
-    ends = [0, *sorted(borders), flat.size]
-    return [Piece(kind, name, value.shape, a, flat[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def header_bytes(path: Path) -> int:
@@ -180,20 +133,36 @@ def test_same_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
     assert reader.state == {"version": 2}
     assert np.array_equal(reader.read("weight", "final_norm.weight"), np.full(5, 2.0, dtype=np.float32))
     assert leftovers(tmp_path) == []
+    names = ["COMMITTED", "manifest.1.json", "rank-00000.1.safetensors"]
+    assert sorted(path.name for path in reader.path.iterdir()) == names
+    done = subprocess.run(["sha256sum", "--check", MARKER_FILE], cwd=reader.path, check=False)
+    assert done.returncode == 0
 
 
-def test_checkpoint_set_aside_by_a_replacement_counts_until_the_new_one_is_there(tmp_path: Path) -> None:
+def test_a_checkpoint_counts_until_the_marker_of_its_replacement_is_there(tmp_path: Path) -> None:
     save(tmp_path, 4)
     path = save(tmp_path, 5, version=1)
-    path.rename(tmp_path / "step-00000005.replaced")  # killed between the two renames
+    (path / "notes.txt").write_text("mine")
+    (path / "rank-00000.1.safetensors").write_bytes(b"half")  # killed while it was saved again
+    (path / UNFINISHED_FILE).write_text("token")
     assert list_checkpoints(tmp_path) == [4, 5]
     newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert CheckpointReader(newest).state == {"version": 1}
-    save(tmp_path, 5, version=2)
-    assert list_checkpoints(tmp_path) == [4, 5]
     save(tmp_path, 6)  # the next save clears it away
-    assert leftovers(tmp_path) == []
+    names = ["COMMITTED", "manifest.json", "notes.txt", "rank-00000.safetensors"]
+    assert sorted(path.name for path in path.iterdir()) == names
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000006"
+
+
+def test_what_is_being_deleted_does_not_count_and_is_no_damage(tmp_path: Path) -> None:
+    save(tmp_path, 4)
+    path = save(tmp_path, 5)
+    (path / MARKER_FILE).rename(path / UNFINISHED_FILE)  # killed right after that
+    assert list_checkpoints(tmp_path) == [4]
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000004"
+    save(tmp_path, 6)
+    assert not path.exists()
 
 
 # --- finding and retention
@@ -206,8 +175,15 @@ def test_folder_without_checkpoints_has_no_newest(tmp_path: Path) -> None:
 
 
 def test_only_the_newest_stay_and_leftovers_of_killed_saves_go(tmp_path: Path) -> None:
-    (tmp_path / ".tmp-step-00000002").mkdir()
-    (tmp_path / ".tmp-step-00000002" / "rank-00000.safetensors").write_bytes(b"half")
+    for step, names in {
+        1: [UNFINISHED_FILE, "rank-00000.safetensors"],
+        2: [],
+        9: [".COMMITTED.tmp-1-2"],
+    }.items():
+        (tmp_path / f"step-0000000{step}").mkdir()
+        for name in names:
+            (tmp_path / f"step-0000000{step}" / name).write_bytes(b"half")
+    assert newest_checkpoint(tmp_path) is None
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=2)
     assert list_checkpoints(tmp_path) == [3, 4]
@@ -272,12 +248,13 @@ def test_unknown_step_lists_the_steps_there_are(tmp_path: Path) -> None:
 def test_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save(tmp_path, 1)
+    first = save(tmp_path, 1)
 
     def refuse(path: Path) -> None:
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        if path.parent == first:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
 
-    monkeypatch.setattr(find.shutil, "rmtree", refuse)
+    monkeypatch.setattr(storage, "delete", refuse)
     save(tmp_path, 2, keep=1)
     assert f"could not delete the old checkpoint {tmp_path / 'step-00000001'}: [Errno 16]" in caplog.text
     assert list_checkpoints(tmp_path) == [2]
@@ -351,7 +328,7 @@ def test_unknown_format_version_is_named(tmp_path: Path) -> None:
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     content = json.dumps(manifest | {"format_version": 99}).encode()
     (path / MANIFEST_FILE).write_bytes(content)
-    (path / MARKER_FILE).write_bytes(marker(content))
+    (path / MARKER_FILE).write_bytes(marker(content, MANIFEST_FILE))
     known = FORMAT_VERSION
     message = (
         f"{path} has checkpoint format_version=99, and this llmtrain reads {known}; read it with the llmtrain"
@@ -503,12 +480,6 @@ def test_state_that_is_not_json_is_refused_before_anything_is_written(tmp_path: 
 # --- several ranks
 
 
-def halves(rank: int) -> Iterator[Piece]:
-    """Rank 0 and 1 of 2: each holds one half of every tensor."""
-    for name, value in TENSORS.items():
-        yield cut(value, "weight", name, [value.size // 2])[rank]
-
-
 def test_two_ranks_write_two_files_and_one_checkpoint(tmp_path: Path) -> None:
     for step in (1, 2):
         Threads(2).run(
@@ -530,14 +501,14 @@ class FullDisk:
     """Writes of one rank fail after some bytes, as on a full disk."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int, after: int) -> None:
-        write_all = write.write_all
+        write_all = storage.write_all
 
         def write_some(handle: Any, content: memoryview) -> None:
             if f"rank-{rank:05d}" in handle.name and handle.tell() + content.nbytes > after:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             write_all(handle, content)
 
-        monkeypatch.setattr(write, "write_all", write_some)
+        monkeypatch.setattr(storage, "write_all", write_some)
 
 
 @pytest.mark.parametrize("full_rank", [0, 2])
@@ -587,7 +558,7 @@ def test_many_failing_ranks_are_counted_and_not_listed(
     def no_space(handle: object, content: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(write, "write_all", no_space)
+    monkeypatch.setattr(storage, "write_all", no_space)
     outcomes = Threads(6).run(
         lambda rank, arguments: save_checkpoint(
             tmp_path, step=1, pieces=whole(), state={}, config=KEEP_1, **arguments
@@ -616,16 +587,16 @@ def test_run_folder_that_only_rank_0_sees_is_explained(tmp_path: Path) -> None:
         )
     )
     for outcome in outcomes:
-        assert "which rank 0 has just made, is not there on" in str(outcome)
-        assert "the run folder must be on a file system that all nodes share" in str(outcome)
+        assert "UNFINISHED, which rank 0 has just written, is not there on" in str(outcome)
+        assert "all nodes must share the folder of the checkpoints" in str(outcome)
 
 
 def test_bytes_that_change_on_their_way_to_the_disk_stop_the_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_all = write.write_all
+    write_all = storage.write_all
     monkeypatch.setattr(
-        write, "write_all", lambda handle, content: write_all(handle, memoryview(bytes(content)[::-1]))
+        storage, "write_all", lambda handle, content: write_all(handle, memoryview(bytes(content)[::-1]))
     )
     with pytest.raises(CheckpointError, match=r"rank-00000.safetensors is damaged: its header at byte 0"):
         save(tmp_path, 1)

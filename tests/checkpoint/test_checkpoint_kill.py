@@ -61,7 +61,7 @@ def test_sigkill_at_20_random_moments_never_loses_a_committed_step(tmp_path: Pat
             reported = [int(line) for line in output.read().split("\n")[:-1]]
         assert saver.wait() == -9
         committed = max([committed, *reported])
-        num_leftovers += any(path.name.startswith(".tmp-") for path in tmp_path.glob(".tmp-*"))
+        num_leftovers += any(tmp_path.glob("step-*/UNFINISHED"))
 
         newest = newest_checkpoint(tmp_path)
         if newest is None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmtrain.checkpoint import write
+from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.find import list_checkpoints
 from llmtrain.checkpoint.format import Piece
@@ -38,14 +38,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened, self.reached = threading.Event(), threading.Event()
-        write_all = write.write_all
+        write_all = storage.write_all
 
         def wait_and_write(handle: Any, content: memoryview) -> None:
             self.reached.set()
             assert self.opened.wait(timeout=20)
             write_all(handle, content)
 
-        monkeypatch.setattr(write, "write_all", wait_and_write)
+        monkeypatch.setattr(storage, "write_all", wait_and_write)
 
 
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(handle: object, content: memoryview) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(write, "write_all", no_space)
+    monkeypatch.setattr(storage, "write_all", no_space)
 
 
 @pytest.mark.parametrize("at", ["the next save", "the end"])
@@ -136,7 +136,7 @@ def test_an_error_that_is_no_disk_error_is_not_lost(tmp_path: Path, monkeypatch:
     def broken(handle: object, content: memoryview) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(write, "write_all", broken)
+    monkeypatch.setattr(storage, "write_all", broken)
     saver = Saver(tmp_path, ALONE, SaveConfig())
     saver.save(1, pieces(filled(1.0)), {})
     with pytest.raises(CheckpointError, match="rank 0: RuntimeError: a bug"):

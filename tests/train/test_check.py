@@ -82,8 +82,8 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         ("run.plan=nowhere.json", "run.plan=nowhere.json is not a file"),
         ("data.folder=nowhere", "data folder nowhere does not exist; run `llmtrain data` first"),
         ("run.folder=/dev/null/run", "run.folder=/dev/null/run cannot be written: /dev/null is not a folder"),
-        ("save.keep_last=999999999", "not enough disk space in"),
-        ("save.keep_best=999999999", "not enough disk space in"),
+        ("save.keep_last=999999999", "not enough disk space for"),
+        ("save.keep_best=999999999", "not enough disk space for"),
     ],
 )
 def test_a_mistake_is_named_and_ends_with_status_2(

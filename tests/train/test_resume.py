@@ -15,6 +15,7 @@ import pytest
 from data_folder import Finished, train_arguments, wait_for, write_data_folder
 
 from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint, newest_whole
+from llmtrain.checkpoint.inspect import inspect_checkpoint
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import hash_file
@@ -72,6 +73,37 @@ def test_a_resume_on_another_layout_continues_the_same_run(
     assert continued.keys() == whole.keys()
     # other sums, other order of fp32 additions
     np.testing.assert_allclose(list(continued.values()), list(whole.values()), rtol=1e-5)
+
+
+def test_checkpoints_behind_a_url_continue_the_same_run(
+    finished: Finished, launcher: Launcher, tmp_path: Path
+) -> None:
+    there = f"local://{tmp_path}/store"  # an fsspec file system, not the path that folders take
+    arguments = [*finished.arguments, f"run.folder={tmp_path / 'run'}", f"save.folder={there}"]
+    status, text = launcher.run(arguments, num_ranks=2)
+    assert status == 0, text
+    assert f"checkpoints of 242 KiB in {there}" in text
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    newest = tmp_path / "store" / "step-00000012"
+    shutil.rmtree(newest)
+    status, text = launcher.run([*arguments, "run.intent=resume"], num_ranks=2)
+    assert status == 0, text
+    assert f"resumed from {there}/step-00000008" in text
+    first, again = (
+        {
+            line["step"]: line["loss"]
+            for line in read_lines(tmp_path / "run" / "metrics.jsonl")
+            if line["kind"] == "step" and line["attempt"] == attempt
+        }
+        for attempt in (1, 2)
+    )
+    assert set(again) == {9, 10, 11, 12}
+    assert again == {step: first[step] for step in again}
+    found = inspect_checkpoint(tmp_path / "run", verify=True)
+    assert (found.path, found.steps[-1], found.problems) == (f"{there}/step-00000012", 12, [])
+    status, text = launcher.run([*arguments[:-1], f"save.folder={there}", f"run.folder={tmp_path / 'other'}"])
+    assert status == EXIT_FAILED
+    assert f"run.intent=fresh, but {there} holds a run already" in text
 
 
 def test_checkpoints_of_different_layouts_hold_equal_weights(
