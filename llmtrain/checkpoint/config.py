@@ -18,6 +18,12 @@ class SaveConfig:
     """Whether training goes on while a checkpoint is written: it waits only while its state is copied to host
     memory, and for the checkpoint before, if that is not written yet. Takes as much host memory as this
     rank's part of a checkpoint. false: training waits until it is on the disk."""
+    memory_every_steps: int = 0
+    """Steps between snapshots in the memory of each host, for a run that is started again after a process
+    died: it goes on from there if that is newer than what is on the disk. 0: none. The newest one stays, and
+    takes a checkpoint's bytes of its host's ranks; while the next is written, twice that."""
+    memory_folder: str = "/dev/shm"
+    """A folder in memory, of each host alone."""
     check_loss: bool = True
     """Whether a checkpoint has the loss of a few held-out rows, and a resume compares it with what it
     computes itself before the first step. Costs a forward pass of a micro batch."""
@@ -34,7 +40,7 @@ class SaveConfig:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"save.{name}={getattr(self, name)} must be at least 1")
-        for name in ("keep_every_tokens", "keep_best"):
+        for name in ("keep_every_tokens", "keep_best", "memory_every_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"save.{name}={getattr(self, name)} must not be negative; 0 switches it off"

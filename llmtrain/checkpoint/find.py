@@ -11,7 +11,7 @@ import yaml
 
 from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
-from llmtrain.checkpoint.format import MARKER_FILE, STEP_NAME, UNFINISHED_FILE, some
+from llmtrain.checkpoint.format import MARKER_FILE, STEP_NAME, UNFINISHED_FILE, folder_name, some
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.errors import CheckpointError
@@ -110,12 +110,17 @@ def _step_folders(folder: Place) -> dict[int, Place]:
 
 
 def retire(folder: Place, *, step: int, config: SaveConfig) -> None:
-    """Delete the checkpoints before `step` that `config` does not keep."""
-    earlier = [older for older in list_checkpoints(folder) if older < step]
-    kept = _kept(folder, [*earlier, step], config)
+    """Delete the checkpoints before `step` that `config` does not keep. A failure is only told: the next save
+    tries again."""
+    try:
+        earlier = [older for older in list_checkpoints(folder) if older < step]
+        kept = _kept(folder, [*earlier, step], config)
+    except CheckpointError as error:
+        log.warning("could not look for checkpoints to delete: %s", error)
+        return
     for older in earlier:
         if older not in kept:
-            remove(checkpoint_path(folder, older))
+            remove(folder / folder_name(older))
 
 
 def _kept(folder: Place, steps: list[int], config: SaveConfig) -> set[int]:

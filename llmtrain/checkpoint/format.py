@@ -124,18 +124,22 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def file_name(rank: int, suffix: str = "") -> str:
-    return f"rank-{rank:05d}{suffix}.safetensors"
+def file_name(rank: int, number: int = 0) -> str:
+    return f"rank-{rank:05d}{_numbered(number)}.safetensors"
 
 
-def manifest_name(suffix: str = "") -> str:
-    return f"manifest{suffix}.json"
+def manifest_name(number: int = 0) -> str:
+    return f"manifest{_numbered(number)}.json"
 
 
-def free_suffix(taken: Iterable[str]) -> str:
-    """Of the names of a save in a folder that holds the files `taken`: of an older save of the same step."""
+def _numbered(number: int) -> str:
+    return f".{number}" if number else ""
+
+
+def free_number(taken: Iterable[str]) -> int:
+    """Of a save in a folder that holds the files `taken`, of older saves of the same step."""
     numbers = [int(found[1]) if (found := NUMBERED.search(name)) else 0 for name in taken]
-    return f".{max(numbers) + 1}" if numbers else ""
+    return max(numbers, default=-1) + 1
 
 
 # -- a rank's file

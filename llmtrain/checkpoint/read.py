@@ -47,12 +47,21 @@ class CheckpointReader:
     contents. A read that covers a whole piece compares its hash on the way.
     """
 
-    def __init__(self, path: Place) -> None:
+    def __init__(self, path: Place, *, elsewhere: Mapping[str, Place] | None = None) -> None:
+        """
+        Args:
+            elsewhere: where those of its files are, by name, that do not lie in `path`.
+
+        Raises:
+            CheckpointError: no checkpoint there, or one whose marker, manifest or sizes are wrong.
+        """
         self.path = path
         manifest = self._open_manifest()
         self.step: int = manifest["step"]
         self.state: dict[str, Any] = manifest["state"]
-        self._files: list[Place] = [path / file["path"] for file in manifest["files"]]
+        self._files: list[Place] = [
+            (elsewhere or {}).get(file["path"], path / file["path"]) for file in manifest["files"]
+        ]
         self._headers = [(file["header_bytes"], file["header_xxh3_128"]) for file in manifest["files"]]
         self._sizes: list[int] = [file["num_bytes"] for file in manifest["files"]]
         self.num_bytes = sum(self._sizes)

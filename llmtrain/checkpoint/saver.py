@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from llmtrain.checkpoint.storage import Place
 from llmtrain.checkpoint.write import Ranks, save_checkpoint
 from llmtrain.errors import CheckpointError
 
+log = logging.getLogger(__name__)
+
 ALIGNMENT = 64
 """Bytes: of every piece in a buffer."""
 COPY_THREADS = 4
@@ -29,7 +32,7 @@ COPY_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is on the disk."""
+    """A checkpoint that is on the disk, or a snapshot in memory."""
 
     step: int
     save_s: float
@@ -38,28 +41,49 @@ class Saved:
     """Of them, training waited for the checkpoint before to be written."""
     copy_s: float
     """And for its own state to be copied; without a background, for all of it."""
+    in_memory: bool = False
+    """No: a snapshot that lives as long as the host."""
 
 
 class Saver:
     """One a rank. All ranks save the same steps; each writes its own pieces."""
 
-    def __init__(self, folder: Place, ranks: Ranks, config: SaveConfig) -> None:
+    def __init__(
+        self,
+        folder: Place,
+        ranks: Ranks,
+        config: SaveConfig,
+        *,
+        memory: tuple[Place, Ranks] | None = None,
+        allocate: Callable[[int], NDArray[np.uint8]] = lambda num_bytes: np.empty(num_bytes, np.uint8),
+    ) -> None:
         """
         Args:
             ranks: how they talk. With `in_background` a thread does: over a group that nobody else uses.
+            memory: where snapshots go that only live as long as the host, and who shares that folder.
+            allocate: so many bytes of host memory for copies of the state.
         """
         self._folder = folder
         self._ranks = ranks
         self._config = config
+        self._allocate = allocate
         self._buffer = np.empty(0, np.uint8)
+        self.memory = memory
+        """None also after a snapshot that failed."""
         self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
         self._writer: threading.Thread | None = None
         self._saved: list[Saved] = []
         self.failure: CheckpointError | None = None
         """Of a save in the background; it has failed on every rank."""
 
-    def save(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
+    def save(
+        self, step: int, pieces: Iterable[Piece], state: dict[str, Any], *, in_memory: bool = False
+    ) -> None:
         """Begin to save, and return when training may go on. At most one save is under way.
+
+        Args:
+            in_memory: whether to save a snapshot in memory. One that fails is told and the last: it costs
+                nothing that is on the disk.
 
         Raises:
             CheckpointError: on every rank, if this save or, in the background, the one before has failed.
@@ -68,26 +92,29 @@ class Saver:
         self.finish()
         waited = time.perf_counter()
 
-        def write(own: Iterable[Piece]) -> None:
-            save_checkpoint(
-                self._folder, step=step, pieces=own, state=state, ranks=self._ranks, config=self._config
-            )
+        def write(own: Iterable[Piece]) -> float:
+            if in_memory:
+                self._save_in_memory(step, own, state)
+            else:
+                save_checkpoint(
+                    self._folder, step=step, pieces=own, state=state, ranks=self._ranks, config=self._config
+                )
+            return time.perf_counter()
 
-        def note(copied: float) -> None:
-            end = time.perf_counter()
-            self._saved.append(Saved(step, end - start, waited - start, copied - waited))
+        def note(copied: float, end: float) -> None:
+            if not in_memory or self.memory is not None:
+                self._saved.append(Saved(step, end - start, waited - start, copied - waited, in_memory))
 
         if not self._config.in_background:
-            write(pieces)
-            note(time.perf_counter())
+            end = write(pieces)
+            note(end, end)
             return
         copies = self._copy(pieces)
         copied = time.perf_counter()
 
         def run() -> None:
             try:
-                write(copies)
-                note(copied)
+                note(copied, write(copies))
             except CheckpointError as error:
                 self.failure = error
             except Exception as error:  # of the ranks' talk: one that died, or a time that ran out
@@ -95,6 +122,16 @@ class Saver:
 
         self._writer = threading.Thread(target=run, name=f"save step {step}")
         self._writer.start()
+
+    def _save_in_memory(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
+        assert self.memory is not None, "the caller asks"
+        (folder, ranks), newest = self.memory, SaveConfig(keep_last=1)
+        try:
+            save_checkpoint(folder, step=step, pieces=pieces, state=state, ranks=ranks, config=newest)
+        except CheckpointError as error:  # on every rank
+            self.memory = None
+            if ranks.rank == 0:
+                log.warning("no more snapshots in memory: %s", error)
 
     def finish(self) -> None:
         """Wait for the save under way.
@@ -125,7 +162,7 @@ class Saver:
         own = list(pieces)
         offsets = np.cumsum([0, *(-(-piece.values.nbytes // ALIGNMENT) * ALIGNMENT for piece in own)])
         if self._buffer.nbytes < offsets[-1]:
-            self._buffer = np.empty(int(offsets[-1]), np.uint8)
+            self._buffer = self._allocate(int(offsets[-1]))
         copies = []
         parts: list[tuple[NDArray[Any], NDArray[Any] | Elsewhere]] = []
         for piece, offset in zip(own, offsets[:-1].tolist(), strict=True):

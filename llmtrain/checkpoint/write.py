@@ -28,7 +28,7 @@ from llmtrain.checkpoint.format import (
     Row,
     file_name,
     folder_name,
-    free_suffix,
+    free_number,
     lay_out,
     manifest,
     manifest_name,
@@ -51,6 +51,9 @@ class Ranks:
     world_size: int
     gather: Callable[[object], list[object]]
     """Given a JSON value, returns every rank's, in rank order, on every rank."""
+    leader: int = 0
+    """The rank that keeps order in the folder that this one sees: where all share one, rank 0; where each
+    host has its own, the first rank there. Then each has the whole manifest, and the files of its ranks."""
 
 
 ALONE = Ranks(0, 1, lambda value: [value])
@@ -107,6 +110,7 @@ def _save(
     config: SaveConfig,
 ) -> Place:
     final = folder / folder_name(step)
+    is_leader = ranks.rank == ranks.leader
 
     def agree(work: Callable[[], Result]) -> list[Result]:
         """Do this rank's part and return what every rank returned; raise on all if it failed on any."""
@@ -122,9 +126,9 @@ def _save(
             f"rank {at}: {outcome['failure']}" for at, outcome in enumerate(outcomes) if outcome["failure"]
         ]
         if failures:
-            if ranks.rank == 0:
+            if is_leader:
                 clean_step(final)
-            ranks.gather(None)  # nobody tries again while rank 0 is still deleting
+            ranks.gather(None)  # nobody tries again while others are still deleting
             raise CheckpointError(
                 f"could not save step {step} in {folder}: {some(failures)}; "
                 "the earlier checkpoints there are untouched"
@@ -132,11 +136,15 @@ def _save(
         return [outcome["result"] for outcome in outcomes]
 
     def prepare() -> _Claim:
-        own: _Claim = {"step": step, "world_size": ranks.world_size, "suffix": "", "token": ""}
+        own = _Claim(
+            step=step, world_size=ranks.world_size, leader=ranks.leader, number=0, token="", state={}
+        )
         if ranks.rank == 0:
             to_json(state)
+            own["state"] = state
+        if is_leader:
             clean(folder)
-            own |= {"suffix": free_suffix(storage.names(final)), "token": secrets.token_hex(8)}
+            own |= {"number": free_number(storage.names(final)), "token": secrets.token_hex(8)}
             storage.put(final / UNFINISHED_FILE, own["token"].encode())
         return own
 
@@ -144,49 +152,53 @@ def _save(
         told = [[claim["step"], claim["world_size"]] for claim in claims]
         if told != [[step, ranks.world_size]] * ranks.world_size:
             raise CheckpointError(f"the ranks disagree on [step, world_size]: {some(map(str, told))}")
-        if _token(final) != claims[0]["token"]:
+        if _token(final) != claims[ranks.leader]["token"]:
             raise CheckpointError(
-                f"{final / UNFINISHED_FILE}, which rank 0 has just written, is not there on "
+                f"{final / UNFINISHED_FILE}, which rank {ranks.leader} has just written, is not there on "
                 f"{socket.gethostname()}; all nodes must share the folder of the checkpoints"
             )
-        suffix = claims[0]["suffix"]
-        return [write_rank_file(final / file_name(at, suffix), list(pieces)) for at, pieces in files]
+        number = max(claim["number"] for claim in claims)
+        return [write_rank_file(final / file_name(at, number), list(pieces)) for at, pieces in files]
 
     def commit() -> None:
-        if ranks.rank != 0:
+        if not is_leader:
             return
         everything = [file for of_rank in written for file in of_rank]
-        for file in everything:
-            check_size(final / file["file"]["path"], file["file"]["num_bytes"])  # it is visible from here
-        if _token(final) != claims[0]["token"]:
+        for claim, of_rank in zip(claims, written, strict=True):
+            for file in of_rank if claim["leader"] == ranks.rank else ():
+                check_size(final / file["file"]["path"], file["file"]["num_bytes"])  # it is visible from here
+        if _token(final) != claims[ranks.leader]["token"]:
             raise CheckpointError(f"another run saves in {folder}, too; give each its own save.folder")
         content = manifest(
             step=step,
-            state=state,
+            state=claims[0]["state"],
             files=[file["file"] for file in everything],
             tables=[file["rows"] for file in everything],
         )
-        name = manifest_name(claims[0]["suffix"])
+        name = manifest_name(max(claim["number"] for claim in claims))
         storage.write(final / name, lambda: [memoryview(content)])
         storage.flush(final)
         storage.put(final / MARKER_FILE, marker(content, name))
-        clean_step(final)
-        retire(folder, step=step, config=config)
 
     claims = agree(prepare)
     written = agree(write)
     agree(commit)
+    if is_leader:
+        clean_step(final)
+        retire(folder, step=step, config=config)
     return final
 
 
 class _Claim(TypedDict):
-    """What a rank thinks it saves, and, of rank 0's, how the files are called."""
+    """What a rank thinks it saves; a leader's number tells the files of this save from older ones."""
 
     step: int
     world_size: int
-    suffix: str
+    leader: int
+    number: int
     token: str
     """In UNFINISHED: who sees another is on another file system, or not alone."""
+    state: dict[str, Any]
 
 
 def _token(final: Place) -> str:

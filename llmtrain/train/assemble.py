@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,6 +32,7 @@ from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
 from llmtrain.loader.ledger import LEDGER_NAME, Attempt, LedgerWriter
 from llmtrain.loader.open import OpenData, open_same
+from llmtrain.model.size import num_params
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
 from llmtrain.tracking.facts import record_start
@@ -37,18 +40,19 @@ from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.tracking.wandb import wandb_id
 from llmtrain.train.certificate import differences
-from llmtrain.train.check import check_train
+from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train, compare_to_checkpoint
 from llmtrain.train.config import Intent, Precision, TrainRoot
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
 from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, held_out_sums, train
+from llmtrain.train.memory_tier import MemoryTier, folder_in
 from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
 from llmtrain.train.roll_call import RollCall
 from llmtrain.train.run_folder import RunFolder, run_folder
 from llmtrain.train.start_up import StartUp
-from llmtrain.train.state import CountedSource
+from llmtrain.train.state import CountedSource, host_memory
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +98,11 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             return
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
+        reader = None if start.checkpoint is None else _open_alike(place_of(start.checkpoint))
+        memory = _open_memory(cfg, folder)
+        if memory is not None:
+            reader = _newer_in_memory(cfg, folder, memory, reader, stack)
+        source = None if reader is None else str(reader.path)
         start_up.mark("checks")
 
         parallel = cfg.parallel
@@ -104,7 +113,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         )
         placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len, seed=cfg.run.seed)
         engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
-        progress = _load(cfg, engine, start, data)
+        progress = _load(cfg, engine, reader, data)
         batches = Batches(
             data.train,
             order=data.order,
@@ -130,7 +139,13 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 folder.path,
                 attempt=start.attempt,
                 command_line=command,
-                extra={"world_size": world_size, "device": _device_name(device), "from": start.checkpoint},
+                extra={
+                    "id": secrets.token_hex(8),
+                    "world_size": world_size,
+                    "device": _device_name(device),
+                    "from": source,
+                    "from_manifest_sha256": reader and reader.manifest_hash,
+                },
             )
             run_recorder = stack.enter_context(
                 RunRecorder(
@@ -145,7 +160,8 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             )
             origin["code"] = {"git_commit": facts["git_commit"], "git_dirty": facts["git_dirty"]}
             origin["code"]["versions"] = facts["versions"]
-            origin["parent"] = _parent(cfg, start)
+            origin["attempt_id"] = facts["id"]
+            origin["parent"] = None if reader is None else _parent(cfg, reader)
             origin["wandb_id"] = wandb_id(folder.path)
             return run_recorder
 
@@ -180,7 +196,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             what,
             progress.step,
             position=progress.position,
-            source=start.checkpoint,
+            source=source,
             world_size=world_size,
             mfu_convention=MFU_CONVENTION if has_peak else None,
             device_peak_tflops=cfg.train.device_peak_tflops,
@@ -192,15 +208,22 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 *(MFU_CONVENTION, cfg.train.device_peak_tflops, cfg.train.device_peak_source),
             )
 
-        saver = Saver(folder.checkpoints, _ranks_that_save(cfg), cfg.save)
+        ranks = _ranks_that_save(cfg)
+        saver = Saver(
+            folder.checkpoints,
+            ranks,
+            cfg.save,
+            memory=None if memory is None else (memory.folder, memory.ranks(ranks.gather)),
+            allocate=partial(host_memory, device=device),
+        )
         stack.callback(saver.leave)
 
-        def save(progress: Progress, *, eval_loss: float | None) -> None:
+        def save(progress: Progress, *, eval_loss: float | None, in_memory: bool) -> None:
             state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | origin
-            if cfg.save.check_loss:
+            if cfg.save.check_loss and not in_memory:
                 sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
                 state["check_loss"] = [*sums, CHECK_ROWS]
-            saver.save(progress.step, engine.pieces(), state)
+            saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
 
         try:
             train(
@@ -221,6 +244,8 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             if rank != 0:
                 sys.exit(EXIT_FAILED)  # rank 0 says why
             raise
+        if memory is not None:
+            memory.leave()
 
 
 def _decide(
@@ -265,12 +290,51 @@ def _verify_share(cfg: TrainRoot, data: OpenData, *, rank: int, world_size: int)
             verify(data.folders[name], share, content=True)
 
 
-def _load(cfg: TrainRoot, engine: Engine, start: Start, data: OpenData) -> Progress:
+def _open_memory(cfg: TrainRoot, folder: RunFolder) -> MemoryTier | None:
+    """Where snapshots go, if they are asked for and there is room on every host."""
+    if not cfg.save.memory_every_steps:
+        return None
+    own = _together(lambda: folder_in(Path(cfg.save.memory_folder), folder.path))
+    tier = MemoryTier(own, rank=dist.get_rank(), gather=_gather)
+    if lacking := tier.lacks_room(num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM):
+        if dist.get_rank() == 0:
+            log.warning("no snapshots in memory: %s; make room, or set save.memory_folder", lacking)
+        tier.leave()
+        return None
+    return tier
+
+
+def _newer_in_memory(
+    cfg: TrainRoot, folder: RunFolder, memory: MemoryTier, reader: CheckpointReader | None, stack: ExitStack
+) -> CheckpointReader | None:
+    """The snapshot in memory, where it is newer than the checkpoint `reader` and of the attempt before."""
+    goes_on = cfg.run.intent in (Intent.resume, Intent.fresh_or_resume)
+    after = sys.maxsize if not goes_on else 0 if reader is None else reader.step
+
+    def is_ours(snapshot: CheckpointReader) -> bool:
+        last = files.read_json(folder.facts)["attempts"][-1] if folder.facts.exists() else {}
+        is_left = snapshot.state["attempt_id"] == last.get("id")
+        if not is_left and snapshot.manifest_hash != last.get("from_manifest_sha256"):
+            log.warning("not using %s: not the last attempt of %s left it", snapshot.path, folder.path)
+            return False
+        problems, warnings = compare_to_checkpoint(cfg, snapshot)
+        for text in (*problems, *warnings):
+            log.warning("the snapshot in memory: %s", text)
+        return not problems
+
+    snapshot = memory.newest(after=after, is_ours=is_ours, stack=stack)
+    if snapshot is None:
+        return reader
+    if dist.get_rank() == 0:
+        log.info("going on from the snapshot in memory, newer than %s", reader.path if reader else "nothing")
+    return _together(snapshot.open)
+
+
+def _load(cfg: TrainRoot, engine: Engine, reader: CheckpointReader | None, data: OpenData) -> Progress:
     """Fill the engine with fresh weights or a checkpoint's, and say where the run stands."""
-    if start.checkpoint is None:
+    if reader is None:
         engine.load(fresh_weights(engine.placement, seed=cfg.run.seed))
         return Progress(step=0, position=0)
-    reader = _open_alike(place_of(start.checkpoint))
     is_resume = cfg.run.intent is not Intent.warm_start
     num_updates = reader.state["num_optimizer_steps"] if is_resume else 0
     kinds = ("weight", *engine.state_kinds) if num_updates else ("weight",)
@@ -289,9 +353,7 @@ def _load(cfg: TrainRoot, engine: Engine, start: Start, data: OpenData) -> Progr
     if engine.loss_scale is not None and reader.state["loss_scale"] is not None:
         engine.loss_scale = reader.state["loss_scale"]
     _check_loss(cfg, engine, data, reader)
-    log.info(
-        "resumed from %s: step %d, %d rows consumed", start.checkpoint, reader.step, reader.state["position"]
-    )
+    log.info("resumed from %s: step %d, %d rows consumed", reader.path, reader.step, reader.state["position"])
     return Progress(step=reader.step, position=reader.state["position"])
 
 
@@ -340,13 +402,10 @@ def _check_loaded(
     _from_rank_0(compare)
 
 
-def _parent(cfg: TrainRoot, start: Start) -> dict[str, Any] | None:
+def _parent(cfg: TrainRoot, reader: CheckpointReader) -> dict[str, Any]:
     """The checkpoint that this attempt began with, and the settings that differ from its own."""
-    if start.checkpoint is None:
-        return None
-    reader = CheckpointReader(place_of(start.checkpoint))
     return {
-        "checkpoint": start.checkpoint,
+        "checkpoint": str(reader.path),
         "step": reader.step,
         "manifest_sha256": reader.manifest_hash,
         "intent": cfg.run.intent.name,

@@ -36,7 +36,7 @@ MFU_CONVENTION = "causal"
 
 
 class SaveFunction(Protocol):
-    def __call__(self, progress: Progress, *, eval_loss: float | None) -> None: ...
+    def __call__(self, progress: Progress, *, eval_loss: float | None, in_memory: bool) -> None: ...
 
 
 @dataclass
@@ -180,6 +180,8 @@ def train(
         if done or _due(progress.step, cfg.save.every_steps):
             _save(save, engine, progress, recorder, ledger, saver, eval_loss)
             last_saved = progress.step
+        elif saver.memory is not None and _due(progress.step, cfg.save.memory_every_steps):
+            _save(save, engine, progress, recorder, ledger, saver, eval_loss, in_memory=True)
     is_over = progress.position * seq_len >= cfg.train.total_tokens
     if last_saved < progress.step:
         _save(save, engine, progress, recorder, ledger, saver, None)
@@ -202,18 +204,24 @@ def _save(
     ledger: LedgerWriter | None,
     saver: Saver,
     eval_loss: float | None,
+    *,
+    in_memory: bool = False,
 ) -> None:
     """Save, if every rank could note what it did: what a checkpoint says was done is in the ledger, also
     after a power cut."""
     if ledger is not None:
         ledger.sync()
     _raise_together(engine, _kept_failure(recorder, ledger, saver))
-    save(progress, eval_loss=eval_loss)
+    save(progress, eval_loss=eval_loss, in_memory=in_memory)
 
 
 def _record_saved(saver: Saver, recorder: Recorder) -> None:
     for saved in saver.take_saved():
-        recorder.checkpoint(saved.step, save_s=saved.save_s, wait_s=saved.wait_s, copy_s=saved.copy_s)
+        seconds = {"save_s": saved.save_s, "wait_s": saved.wait_s, "copy_s": saved.copy_s}
+        if saved.in_memory:
+            recorder.event("snapshot", saved.step, **seconds)
+        else:
+            recorder.checkpoint(saved.step, **seconds)
 
 
 def _raise_together(engine: Engine, mine: LLMTrainError | None) -> None:

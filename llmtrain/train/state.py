@@ -36,6 +36,14 @@ class OnDevice:
         torch.from_numpy(into).copy_(self._held)
 
 
+def host_memory(num_bytes: int, *, device: torch.device) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Where copies of a state on `device` go: pinned for a GPU, which then writes there without a detour."""
+    buffer: np.ndarray[Any, np.dtype[np.uint8]] = torch.empty(
+        num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda"
+    ).numpy()
+    return buffer
+
+
 def for_checkpoint(held: torch.Tensor) -> np.ndarray[Any, Any] | OnDevice:
     """The numbers of a 1-D tensor, in fp32, copied as late as can be."""
     held = held.detach().float()

@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -79,7 +79,15 @@ class Launcher:
         for run in self._runs:
             run.kill()
 
-    def start(self, arguments: Sequence[str], *, num_ranks: int = 1, **environment: str) -> Run:
+    def start(
+        self,
+        arguments: Sequence[str],
+        *,
+        num_ranks: int = 1,
+        own: Callable[[int], Sequence[str]] = lambda rank: (),
+        **environment: str,
+    ) -> Run:
+        """`own`: more arguments, of a rank alone."""
         self._count += 1
         shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if num_ranks > 1:
@@ -88,10 +96,11 @@ class Launcher:
         run = Run([], [])
         self._runs.append(run)
         for rank in range(num_ranks):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+            number = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             output = self._folder / f"{self._count}-{rank}.txt"
             process = self._context.Process(
-                target=_be_a_rank, args=(list(arguments), shared | own | environment, str(output))
+                target=_be_a_rank,
+                args=([*arguments, *own(rank)], shared | number | environment, str(output)),
             )
             process.start()
             run.processes.append(process)

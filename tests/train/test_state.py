@@ -15,7 +15,7 @@ from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.write import ALONE
 from llmtrain.errors import CheckpointError
-from llmtrain.train.state import CountedSource, OnDevice, fill, for_checkpoint
+from llmtrain.train.state import CountedSource, OnDevice, fill, for_checkpoint, host_memory
 
 
 def ones(kind: str, name: str, start: int, into: Any) -> None:
@@ -58,3 +58,12 @@ def test_numbers_on_a_device_are_saved_like_those_on_the_host(tmp_path: Any, in_
     saver.finish()
     read = CheckpointReader(tmp_path / "step-00000001").read("weight", "a")
     assert read.tolist() == values.tolist()
+
+
+@pytest.mark.gpu
+def test_host_memory_for_a_gpu_is_pinned_and_takes_its_numbers() -> None:
+    device = torch.device("cuda")
+    buffer = host_memory(40, device=device)
+    assert torch.from_numpy(buffer).is_pinned()
+    OnDevice(torch.arange(10, dtype=torch.float32, device=device)).copy_into(buffer.view(np.float32))
+    assert buffer.view(np.float32).tolist() == list(range(10))
