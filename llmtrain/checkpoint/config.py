@@ -24,6 +24,8 @@ class SaveConfig:
     takes a checkpoint's bytes of its host's ranks; while the next is written, twice that."""
     memory_folder: str = "/dev/shm"
     """A folder in memory, of each host alone."""
+    exit_wait_s: float = 600.0
+    """Seconds that the end of a run waits for a save under way; then it ends without it, with an error."""
     check_loss: bool = True
     """Whether a checkpoint has the loss of a few held-out rows, and a resume compares it with what it
     computes itself before the first step. Costs a forward pass of a micro batch."""
@@ -40,6 +42,8 @@ class SaveConfig:
         for name in ("every_steps", "keep_last"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"save.{name}={getattr(self, name)} must be at least 1")
+        if not self.exit_wait_s > 0:
+            raise ConfigError(f"save.exit_wait_s={self.exit_wait_s} must be above 0 seconds")
         for name in ("keep_every_tokens", "keep_best", "memory_every_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(

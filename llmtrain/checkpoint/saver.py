@@ -19,11 +19,13 @@ from llmtrain.checkpoint.format import Elsewhere, Piece
 from llmtrain.checkpoint.storage import Place
 from llmtrain.checkpoint.write import Ranks, save_checkpoint
 from llmtrain.errors import CheckpointError
+from llmtrain.units import format_bytes
 
 log = logging.getLogger(__name__)
 
 ALIGNMENT = 64
 """Bytes: of every piece in a buffer."""
+PAGE_BYTES = 4096
 COPY_THREADS = 4
 """One does not fill a memory bus."""
 COPY_BYTES = 16 << 20
@@ -89,7 +91,7 @@ class Saver:
             CheckpointError: on every rank, if this save or, in the background, the one before has failed.
         """
         start = time.perf_counter()
-        self.finish()
+        self._wait(None)
         waited = time.perf_counter()
 
         def write(own: Iterable[Piece]) -> float:
@@ -120,7 +122,8 @@ class Saver:
             except Exception as error:  # of the ranks' talk: one that died, or a time that ran out
                 self.failure = CheckpointError(f"could not save step {step}: {type(error).__name__}: {error}")
 
-        self._writer = threading.Thread(target=run, name=f"save step {step}")
+        # a daemon: a disk that never answers must not keep the process from ending
+        self._writer = threading.Thread(target=run, name=f"save step {step}", daemon=True)
         self._writer.start()
 
     def _save_in_memory(self, step: int, pieces: Iterable[Piece], state: dict[str, Any]) -> None:
@@ -134,13 +137,21 @@ class Saver:
                 log.warning("no more snapshots in memory: %s", error)
 
     def finish(self) -> None:
-        """Wait for the save under way.
+        """Wait for the save under way, for as long as the settings allow the end of a run.
 
         Raises:
-            CheckpointError: it has failed.
+            CheckpointError: it has failed, or is not over.
         """
+        self._wait(self._config.exit_wait_s)
+
+    def _wait(self, limit_s: float | None) -> None:
         if self._writer is not None:
-            self._writer.join()
+            self._writer.join(limit_s)
+            if self._writer.is_alive():
+                self.failure = CheckpointError(
+                    f"the {self._writer.name} is not over after save.exit_wait_s={limit_s:g} s; the run ends "
+                    "without it, and the checkpoints before it are untouched"
+                )
             self._writer = None
         if self.failure is not None:
             raise self.failure
@@ -157,10 +168,29 @@ class Saver:
             saved.append(self._saved.pop(0))
         return saved
 
+    def reserve(self, pieces: Iterable[Piece]) -> None:
+        """Begin to get the memory for copies of `pieces`, which takes longer than copying does: pages are
+        found, and pinned for a GPU."""
+        if self._config.in_background:
+            offsets = _offsets(list(pieces))
+
+            def get() -> None:
+                try:
+                    self._buffer = self._allocate(int(offsets[-1]))
+                    self._buffer[::PAGE_BYTES] = 0
+                except Exception as error:  # of whoever allocates: numpy, torch, CUDA
+                    self.failure = CheckpointError(
+                        f"no {format_bytes(int(offsets[-1]))} of host memory for copies of this rank's "
+                        f"state: {type(error).__name__}: {error}; save.in_background=false needs none"
+                    )
+
+            self._writer = threading.Thread(target=get, name="first host memory", daemon=True)
+            self._writer.start()
+
     def _copy(self, pieces: Iterable[Piece]) -> list[Piece]:
         """`pieces` with values of their own, in one buffer that is used again."""
         own = list(pieces)
-        offsets = np.cumsum([0, *(-(-piece.values.nbytes // ALIGNMENT) * ALIGNMENT for piece in own)])
+        offsets = _offsets(own)
         if self._buffer.nbytes < offsets[-1]:
             self._buffer = self._allocate(int(offsets[-1]))
         copies = []
@@ -173,6 +203,12 @@ class Saver:
             copies.append(replace(piece, values=into))
         list(self._copiers.map(_copy_part, parts))
         return copies
+
+
+def _offsets(pieces: list[Piece]) -> NDArray[np.int64]:
+    """Where each begins in a buffer, and where the last ends."""
+    sizes = [-(-piece.values.nbytes // ALIGNMENT) * ALIGNMENT for piece in pieces]
+    return np.cumsum([0, *sizes], dtype=np.int64)
 
 
 def _copy_part(part: tuple[NDArray[Any], NDArray[Any] | Elsewhere]) -> None:

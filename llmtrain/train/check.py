@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
+
 from llmtrain import files
 from llmtrain.checkpoint.find import list_checkpoints
 from llmtrain.checkpoint.read import CheckpointReader
@@ -113,6 +115,7 @@ def check_train(
     data = _check_data(cfg, found)
     _check_start(cfg, data, found, verify=verify)
     _check_disk(cfg, found)
+    _check_host_memory(cfg, world_size, found)
     _check_certificate(cfg, world_size or cfg.parallel.world_size, found)
     return found
 
@@ -393,6 +396,20 @@ def _check_disk(cfg: TrainRoot, found: Findings) -> None:
         )
     else:
         found.facts.append(f"{what}, {format_bytes(free)} free")
+
+
+def _check_host_memory(cfg: TrainRoot, num_ranks: int | None, found: Findings) -> None:
+    """Copies of the state, on this host, which stands for the others."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not cfg.save.in_background or num_ranks is None:
+        return
+    need = num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM * here // num_ranks
+    there = psutil.virtual_memory().available
+    if need > there:
+        found.problems.append(
+            f"save.in_background=true copies the state of this host's {here} of {num_ranks} ranks, "
+            f"{format_bytes(need)}, and {format_bytes(there)} of memory are free: false needs none"
+        )
 
 
 def _num_kept(cfg: TrainRoot) -> int:

@@ -170,6 +170,7 @@ def train(
         )
         if progress.step == first_step:
             start_up.mark("first step")
+            saver.reserve(engine.pieces())  # an optimizer may have no state before
             roll_call.end()
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())

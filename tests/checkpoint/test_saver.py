@@ -151,3 +151,42 @@ def test_ranks_that_are_gone_are_an_error_of_the_save(tmp_path: Path) -> None:
     saver.save(7, pieces(filled(1.0)), {})
     with pytest.raises(CheckpointError, match="could not save step 7: RuntimeError: connection closed"):
         saver.finish()
+
+
+def test_a_save_that_does_not_end_does_not_keep_the_run_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    saver = Saver(tmp_path, ALONE, SaveConfig(exit_wait_s=0.2))
+    saver.save(4, pieces(filled(1.0)), {})
+    with pytest.raises(CheckpointError, match=r"the save step 4 is not over after save.exit_wait_s=0.2 s"):
+        saver.finish()
+    gate.opened.set()
+
+
+def test_memory_for_copies_is_there_before_the_first_save(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def allocate(num_bytes: int) -> np.ndarray[Any, Any]:
+        asked.append(num_bytes)
+        return np.empty(num_bytes, np.uint8)
+
+    saver = Saver(tmp_path, ALONE, SaveConfig(), allocate=allocate)
+    saver.reserve(pieces(filled(1.0)))
+    for step in (1, 2):
+        saver.save(step, pieces(filled(1.0)), {})
+    saver.finish()
+    assert asked == [4800 + 64], "each piece begins at a multiple of 64 bytes"
+
+
+def test_no_memory_for_copies_is_told_with_the_way_out(tmp_path: Path) -> None:
+    def allocate(num_bytes: int) -> np.ndarray[Any, Any]:
+        raise MemoryError("planted")
+
+    saver = Saver(tmp_path, ALONE, SaveConfig(), allocate=allocate)
+    saver.reserve(pieces(filled(1.0)))
+    with pytest.raises(
+        CheckpointError,
+        match=r"no 4.75 KiB of host memory for copies .* MemoryError: planted; save.in_background",
+    ):
+        saver.finish()

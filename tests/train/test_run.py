@@ -326,3 +326,12 @@ def test_a_resume_needs_no_room_for_checkpoints_that_are_there(
         handle.write(bytes(shutil.disk_usage(small_disk).free - 450_000))  # one more fits
     status, text = launcher.run([*arguments, "run.intent=resume", "train.total_tokens=2304"])
     assert status == 0, text
+
+
+def test_copies_that_do_not_fit_into_the_host_are_refused(
+    launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    status, text = launcher.run(train_arguments(data, tmp_path / "run"), LOCAL_WORLD_SIZE="1000000000")
+    assert status == EXIT_FAILED
+    assert "save.in_background=true copies the state of this host's 1000000000 of 1 ranks, " in text
+    assert not (tmp_path / "run").exists()
