@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import yaml
@@ -66,8 +66,13 @@ def newest_checkpoint(folder: Place, *, verify: bool = True) -> Place | None:
     return whole
 
 
-def newest_whole(folder: Place, *, verify: bool) -> tuple[Place | None, list[str]]:
+def newest_whole(
+    folder: Place, *, verify: bool, known: Mapping[Place, str] | None = None
+) -> tuple[Place | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with each newer one.
+
+    Args:
+        known: what is wrong with some, found before.
 
     Raises:
         CheckpointError: There are checkpoints, and every one is damaged.
@@ -75,6 +80,8 @@ def newest_whole(folder: Place, *, verify: bool) -> tuple[Place | None, list[str
     damaged: list[str] = []
     for path in _claimed(folder):
         try:
+            if known and path in known:
+                raise CheckpointError(known[path])
             reader = CheckpointReader(path)
             if verify:
                 reader.verify()

@@ -50,7 +50,7 @@ from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
 from llmtrain.train.roll_call import RollCall
-from llmtrain.train.run_folder import RunFolder, run_folder
+from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from, run_folder
 from llmtrain.train.start_up import StartUp
 from llmtrain.train.state import CountedSource, host_memory
 
@@ -94,11 +94,11 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         folder = run_folder(cfg)
         stack.callback(_leave_ranks)
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size, device=device.type))
-        if start is None:
+        reader = _open_whole(cfg, folder, start)
+        if reader is not None and cfg.run.intent is not Intent.warm_start and _is_over(cfg, reader):
             return
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
-        reader = None if start.checkpoint is None else _open_alike(place_of(start.checkpoint))
         memory = _open_memory(cfg, folder)
         if memory is not None:
             reader = _newer_in_memory(cfg, folder, memory, reader, stack)
@@ -248,28 +248,17 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             memory.leave()
 
 
-def _decide(
-    cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int, device: str
-) -> Start | None:
-    """Rank 0's part: check everything, take the folder, and choose the checkpoint by its hashes.
-
-    Returns None when the run is over already; its folder is left as it is.
-    """
-    check_train(
-        cfg, world_size=world_size, device=device, verify=False
-    ).raise_if_any()  # before the lock creates the folder
+def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int, device: str) -> Start:
+    """Rank 0's part: check everything, take the folder, and choose the checkpoint."""
+    before = check_train(cfg, world_size=world_size, device=device)
+    before.raise_if_any()  # before the lock creates the folder
     stack.enter_context(FolderLock(folder.path))
-    found = check_train(cfg, world_size=world_size, device=device, verify=True)
+    found = check_train(cfg, world_size=world_size, device=device)
     found.raise_if_any()
     for fact in found.facts:
         log.info("%s", fact)
     for warning in found.warnings:
         log.warning("%s", warning)
-    if cfg.run.intent is not Intent.warm_start and found.checkpoint is not None:
-        tokens = CheckpointReader(found.checkpoint).state["tokens"]
-        if tokens >= cfg.train.total_tokens:
-            log.info("nothing to do: the run has consumed %d of %d tokens", tokens, cfg.train.total_tokens)
-            return None
     return Start(
         attempt=next_attempt(folder.metrics),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
@@ -355,6 +344,36 @@ def _load(cfg: TrainRoot, engine: Engine, reader: CheckpointReader | None, data:
     _check_loss(cfg, engine, data, reader)
     log.info("resumed from %s: step %d, %d rows consumed", reader.path, reader.step, reader.state["position"])
     return Progress(step=reader.step, position=reader.state["position"])
+
+
+def _open_whole(cfg: TrainRoot, folder: RunFolder, start: Start) -> CheckpointReader | None:
+    """The checkpoint to start from, once every byte of it has been compared with its hash: by all ranks, each
+    a share of the files."""
+    damaged: dict[Place, str] = {}
+    chosen = start.checkpoint
+    while chosen is not None:
+        reader = _open_alike(place_of(chosen))
+        own = _together(partial(_damage, reader, rank=dist.get_rank(), world_size=dist.get_world_size()))
+        problems = [problem for of_rank in _gather(own) for problem in cast(list[str], of_rank)]
+        if not problems:
+            return reader
+        damaged[reader.path] = some(problems)
+        older = _from_rank_0(partial(checkpoint_to_start_from, cfg.run, folder, damaged=damaged))
+        chosen = None if older is None else str(older)
+    return None
+
+
+def _is_over(cfg: TrainRoot, reader: CheckpointReader) -> bool:
+    """Whether nothing is left to train; the run's folder stays as it is then."""
+    tokens, total = reader.state["tokens"], cfg.train.total_tokens
+    if tokens >= total and dist.get_rank() == 0:
+        log.info("nothing to do: the run has consumed %d of %d tokens", tokens, total)
+    return bool(tokens >= total)
+
+
+def _damage(reader: CheckpointReader, *, rank: int, world_size: int) -> list[str]:
+    num_files = len(reader.files())
+    return [problem for at in range(rank, num_files, world_size) for problem in reader.problems_of(at)]
 
 
 def _open_alike(path: Place) -> CheckpointReader:

@@ -98,22 +98,19 @@ class Findings:
             raise ConfigError("\n       ".join(self.problems))
 
 
-def check_train(
-    cfg: TrainRoot, *, world_size: int | None, device: str | None = None, verify: bool = False
-) -> Findings:
+def check_train(cfg: TrainRoot, *, world_size: int | None, device: str | None = None) -> Findings:
     """Check `cfg` against itself, the data folder, the run folder and the disk.
 
     Args:
         world_size: ranks that are there; None on a login node, where parallel.world_size speaks for them.
         device: "cpu" or "cuda"; None on a login node.
-        verify: whether to compare the hashes of the checkpoint's tensors, which takes as long as reading it.
     """
     found = Findings()
     _check_layout(cfg, world_size, device, found)
     _check_positions(cfg, found)
     _check_schedule(cfg, found)
     data = _check_data(cfg, found)
-    _check_start(cfg, data, found, verify=verify)
+    _check_start(cfg, data, found)
     _check_disk(cfg, found)
     _check_host_memory(cfg, world_size, found)
     _check_certificate(cfg, world_size or cfg.parallel.world_size, found)
@@ -278,13 +275,13 @@ def _check_folder(cfg: TrainRoot, folder: Path, found: Findings) -> None:
         raise DataError(f"the held-out split in {folder} has no rows; raise its share in `llmtrain data`")
 
 
-def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings, *, verify: bool) -> None:
+def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings) -> None:
     if cfg.run.plan is not None and not Path(cfg.run.plan).is_file():
         found.problems.append(
             f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
         )
     try:
-        path = found.checkpoint = checkpoint_to_start_from(cfg.run, run_folder(cfg), verify=verify)
+        path = found.checkpoint = checkpoint_to_start_from(cfg.run, run_folder(cfg))
         if path is None:
             found.facts.append("start: fresh weights, step 0")
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,13 +52,16 @@ def run_folder(cfg: TrainRoot) -> RunFolder:
     return RunFolder(Path(cfg.run.folder), cfg.save.folder)
 
 
-def checkpoint_to_start_from(cfg: RunConfig, folder: RunFolder, *, verify: bool) -> Place | None:
+def checkpoint_to_start_from(
+    cfg: RunConfig, folder: RunFolder, *, damaged: Mapping[Place, str] | None = None
+) -> Place | None:
     """The checkpoint that the intent asks for, or None to start from fresh weights.
 
-    A damaged one is passed over only with run.fallback, and not in silence.
+    Its marker, manifest and file sizes are right. A damaged one is passed over only with run.fallback, and
+    not in silence.
 
     Args:
-        verify: Whether to read the tensors and compare their hashes, not only marker, manifest and sizes.
+        damaged: what is wrong with the contents of some, found before.
 
     Raises:
         ConfigError: fresh or warm_start over a folder that holds a run.
@@ -78,12 +82,12 @@ def checkpoint_to_start_from(cfg: RunConfig, folder: RunFolder, *, verify: bool)
         assert cfg.init_from is not None, "checked by RunConfig"
         source = place_of(cfg.init_from)
         if source.name.startswith("step-"):
-            reader = CheckpointReader(source)
-            if verify:
-                reader.verify()
+            if damaged and source in damaged:
+                raise CheckpointError(damaged[source])
+            CheckpointReader(source)
             return source
         source = checkpoints_of(source)
-    newest = _newest(source, cfg, verify=verify)
+    newest = _newest(source, cfg, damaged or {})
     if newest is None and cfg.intent is Intent.fresh_or_resume and folder.metrics.exists():
         saved = [line["step"] for line in read_lines(folder.metrics) if line["kind"] == "checkpoint"]
         if saved:
@@ -100,14 +104,14 @@ def checkpoint_to_start_from(cfg: RunConfig, folder: RunFolder, *, verify: bool)
     return newest
 
 
-def _newest(folder: Place, cfg: RunConfig, *, verify: bool) -> Place | None:
-    whole, damaged = newest_whole(folder, verify=verify)
+def _newest(folder: Place, cfg: RunConfig, known: Mapping[Place, str]) -> Place | None:
+    whole, damaged = newest_whole(folder, verify=False, known=known)
     if whole is None or not damaged:
         return whole
     if not cfg.fallback:
         raise CheckpointError(
-            f"{'; '.join(damaged)}; {whole.name} before it is whole: set run.fallback=true to go on from "
-            "there, or put a copy of the damaged one back"
+            f"{'; '.join(damaged)}; run.fallback=true goes back to {whole.name}, or put a copy of the "
+            "damaged one there"
         )
     for problem in damaged:
         log.error("run.fallback=true: not using a damaged checkpoint: %s", problem)

@@ -196,7 +196,7 @@ def test_a_damaged_checkpoint_ends_the_start_and_is_passed_over_when_told(
     status, text = launcher.run(arguments)
     assert status == EXIT_FAILED
     assert str(piece) in text
-    assert "step-00000008 before it is whole: set run.fallback=true to go on from there" in text
+    assert "run.fallback=true goes back to step-00000008, or put a copy of the damaged one there" in text
     status, text = launcher.run([*arguments, "run.fallback=true"])
     assert status == 0, text
     assert f"run.fallback=true: not using a damaged checkpoint: {piece}" in text
