@@ -21,6 +21,7 @@ MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted
     "model": {"model"},
     "parallel": {"parallel"},
     "checkpoint": {"checkpoint"},
+    "convert": {"convert", "checkpoint"},
     "planner": {
         "planner",
         "model.config",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
+from llmtrain.bench._reshard_peak import measure
 from llmtrain.bench.table import BenchConfig, Row
 from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.format import Piece
@@ -71,6 +72,9 @@ def run(config: BenchConfig) -> list[Row]:
 
         # One after the other in each round, so that a slow moment of the disk meets all three.
         save_s = _medians([save_ours, save_rival, save_plain])
+        reshard = measure(
+            folder / "reshard", num_tensors=config.scaled(24), tensor_bytes=config.scaled(64) << 20
+        )
         stalls = []
         for _ in range(NUM_REPEATS + 1):
             for values in tensors.values():
@@ -110,6 +114,12 @@ def run(config: BenchConfig) -> list[Row]:
             value=stall_s / save_s[0],
             unit="x",
             limit=0.1,
+        ),
+        Row(
+            name="reshard_extra_memory / largest tensor, of 24 tensors of 64 MiB",
+            value=reshard,
+            unit="x",
+            limit=2.0,
         ),
         Row(name="save_vs_plain_write", value=save_s[2] / save_s[0], unit="x", limit=0.7),
         Row(name="load_vs_plain_read", value=restore_s[2] / restore_s[0], unit="x", limit=0.7),

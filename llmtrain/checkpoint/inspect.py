@@ -103,6 +103,7 @@ def _facts(state: dict[str, Any]) -> dict[str, Any]:
     if layout and "world_size" in state:
         layout["dp_size"] = state["world_size"] // math.prod(layout.values())
     layout |= {name: parallel[name] for name in ("engine", "zero_stage") if name in parallel}
+    made_by = state.get("made_by")
     parent, code = state.get("parent"), state.get("code", {})
     told = {
         "tokens": state.get("tokens"),
@@ -110,6 +111,7 @@ def _facts(state: dict[str, Any]) -> dict[str, Any]:
         "optimizer steps": state.get("num_optimizer_steps"),
         "held-out loss": state.get("eval_loss"),
         "attempt": state.get("attempt"),
+        "made by": made_by and made_by["command"],
         "goes on from": parent and f"{parent['checkpoint']}, step {parent['step']} ({parent['intent']})",
         "changed since": parent and _changes(parent["changed"]),
         "written by": " ".join(f"{name}={value}" for name, value in layout.items()) or None,

@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
     "replay": "a step of a past run through the model again: the loss of each document",
+    "checkpoint": "checkpoints to other checkpoints: in other files, averaged, compared, converted",
     "inspect": "what shards, a checkpoint or a run's ledger hold, and whether it is whole",
     "report": "one self-contained report.html of a run or a data folder",
     "bench": "measure ourselves against the limit or a rival",
@@ -28,10 +29,15 @@ PARTS = {
     "inspect shards": "shards of tokens: what they hold, every byte checked",
     "inspect checkpoint": "a checkpoint: what it holds, who wrote it, every byte checked",
     "inspect ledger": "that a run with its restarts took every row once",
+    "checkpoint reshard": "the same checkpoint in another number of files",
+    "checkpoint merge": "one safetensors file with whole tensors",
+    "checkpoint average": "the mean of the weights of several checkpoints",
+    "checkpoint diff": "where two checkpoints differ: settings, tensors, numbers",
+    "checkpoint convert": "to and from torch.distributed.checkpoint and DeepSpeed's universal format",
     "data train-quality": "a classifier of good documents, in the format of fastText",
 }
 """What a verb's second word may be. Module and root YAML join both by an underscore."""
-NEED_A_PART = {"inspect"}
+NEED_A_PART = {"checkpoint", "inspect"}
 """Verbs that say nothing without a second word."""
 
 
@@ -62,7 +68,7 @@ def main() -> None:
     if words == 1 and verb in NEED_A_PART:
         given = f"`{arguments[1]}`" if arguments[1:] else "nothing"
         parts = [part for part in PARTS if part.startswith(f"{verb} ")]
-        print(f"error: `llmtrain {verb}` needs what to {verb}, and {given} came; there are", file=sys.stderr)
+        print(f"error: `llmtrain {verb}` needs a second word, and {given} came; there are", file=sys.stderr)
         print("\n".join(f"  llmtrain {part:<20} {PARTS[part]}" for part in parts), file=sys.stderr)
         sys.exit(2)
     name = " ".join(arguments[:words])

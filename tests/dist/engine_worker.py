@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -29,7 +30,7 @@ from llmtrain.train.config import (
     Recompute,
     TrainConfig,
 )
-from llmtrain.train.engine import Engine
+from llmtrain.train.engine import Engine, StepResult
 from llmtrain.train.engines import open_engine
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
@@ -95,9 +96,17 @@ def model_of(family: str, num_layers: int | None) -> ModelConfig:
 
 
 def reference(
-    family: str, optimizer: str = "adamw", dropout: float = 0.0, num_layers: int | None = None
+    family: str,
+    optimizer: str = "adamw",
+    dropout: float = 0.0,
+    num_layers: int | None = None,
+    watch: Callable[[int, Transformer, torch.optim.AdamW], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """The same run in plain PyTorch: one process, one batch, nothing of ours but the model."""
+    """The same run in plain PyTorch: one process, one batch, nothing of ours but the model.
+
+    Args:
+        watch: is shown the number of steps done, the model and its AdamW after every step.
+    """
     model = build_transformer(model_of(family, num_layers), seed=SEED)
     model.dropout = dropout
     muons = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
@@ -129,6 +138,7 @@ def reference(
                 update = muon_update(weight.grad, momentum) + MUON.weight_decay * weight
                 weight -= MUON.peak_lr * update
         losses.append(loss.item())
+        watch(step + 1, model, adamw)
     return {
         "loss": losses,
         "grad_norm": grad_norms,
@@ -164,18 +174,17 @@ def checksums(weights: dict[str, torch.Tensor]) -> list[float]:
     ]
 
 
-def run(case: dict[str, Any]) -> dict[str, list[float]]:
-    """Train as `case` says: family, num_layers, micro (rows), precision, recompute, optimizer; the rest is
-    ParallelConfig's."""
+def build(case: dict[str, Any]) -> Engine:
+    """An engine without weights, as `case` says: family, num_layers, micro (rows), precision, recompute,
+    optimizer; the rest is ParallelConfig's."""
     case = dict(case)
     optimizer = {"adamw": OPTIMIZER, "muon": MUON}[case.pop("optimizer", "adamw")]
     model = model_of(case.pop("family"), case.pop("num_layers", None))
-    micro_rows = case.pop("micro")
     train = TrainConfig(
         total_tokens=1,
         global_batch_rows=2 * ROWS,
         batch_ramp=[RampConfig(until_tokens=RAMP_STEPS * ROWS * SEQ_LEN, rows=ROWS)],
-        micro_batch_rows=micro_rows,
+        micro_batch_rows=case.pop("micro"),
         grad_clip=CLIP,
         precision=Precision[case.pop("precision", "fp32")],
         recompute_every=case.pop("recompute", 0),
@@ -190,23 +199,31 @@ def run(case: dict[str, Any]) -> dict[str, list[float]]:
     sizes = {"pp_size": parallel.pp_size, "cp_size": parallel.cp_size, "tp_size": parallel.tp_size}
     groups = build_groups(Topology.of_world(dist.get_world_size(), **sizes))
     placement = place(model, parallel, groups, seq_len=SEQ_LEN, seed=SEED)
-    engine = open_engine(placement, device=torch.device("cpu"), train=train, optimizer=optimizer)
-    engine.load(fresh_weights(placement, seed=SEED))
-    losses, grad_norms = [], []
-    for step in range(STEPS):
-        mine = np.linspace(0, rows_of(step), groups.dp.size + 1).astype(int)
-        edges = range(mine[groups.dp.rank], mine[groups.dp.rank + 1] + 1, micro_rows)
-        result = engine.train_step(
-            [batch_of(step, first, last) for first, last in pairwise(edges)], lr=OPTIMIZER.peak_lr
-        )
-        losses.append(result.loss)
-        grad_norms.append(result.grad_norm)
+    return open_engine(placement, device=torch.device("cpu"), train=train, optimizer=optimizer)
+
+
+def take_steps(engine: Engine, steps: Iterable[int], *, micro_rows: int) -> list[StepResult]:
+    dp, found = engine.placement.groups.dp, []
+    for step in steps:
+        mine = np.linspace(0, rows_of(step), dp.size + 1).astype(int)
+        edges = range(mine[dp.rank], mine[dp.rank + 1] + 1, micro_rows)
+        batches = [batch_of(step, first, last) for first, last in pairwise(edges)]
+        found.append(engine.train_step(batches, lr=OPTIMIZER.peak_lr))
+    return found
+
+
+def run(case: dict[str, Any]) -> dict[str, list[float]]:
+    """Train as `build` takes `case`."""
+    engine, micro_rows = build(case), case["micro"]
+    groups = engine.placement.groups
+    engine.load(fresh_weights(engine.placement, seed=SEED))
+    results = take_steps(engine, range(STEPS), micro_rows=micro_rows)
     first = groups.dp.rank * micro_rows
     held_out = [batch_of(step, first, first + micro_rows) for step in HELD_OUT]
     loss_sum, num_valid = engine.held_out_sums(iter(held_out))
     return {
-        "loss": losses,
-        "grad_norm": grad_norms,
+        "loss": [each.loss for each in results],
+        "grad_norm": [each.grad_norm for each in results],
         "checksum": whole_checksums(engine),
         "held_out": [loss_sum, num_valid],
     }

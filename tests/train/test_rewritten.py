@@ -42,12 +42,12 @@ def test_a_mean_starts_a_run_and_is_refused_as_something_to_resume(
 ) -> None:
     made = average(newest_of(finished.folder, 2), tmp_path / "mean", weights=None)
     start = [f"run.folder={tmp_path / 'run'}", "run.intent=warm_start", f"run.init_from={tmp_path / 'mean'}"]
-    status, text = launcher.run([*finished.arguments, *start, f"train.total_tokens={8 * 32}"])
+    status, text = launcher.run([*finished.arguments, *start, f"train.total_tokens={3 * 8 * 32}"])
     assert status == 0, text
     first = losses(tmp_path / "run")[1]
     assert np.isfinite(first)
     assert first < losses(finished.folder)[1] - 0.5, "it has learnt something"
-    parent = CheckpointReader(tmp_path / "run" / "checkpoints" / "step-00000001").state["parent"]
+    parent = CheckpointReader(tmp_path / "run" / "checkpoints" / "step-00000003").state["parent"]
     assert parent["manifest_sha256"] == made.manifest_sha256
     resume = [f"run.folder={tmp_path / 'other'}", f"save.folder={tmp_path / 'mean'}", "run.intent=resume"]
     status, text = launcher.run([*finished.arguments, *resume, f"train.total_tokens={24 * 8 * 32}"])
