@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xxhash
 
+from llmtrain.bench import checkpoint_rivals
 from llmtrain.bench._reshard_peak import measure
 from llmtrain.bench.table import BenchConfig, Row
 from llmtrain.checkpoint.config import SaveConfig
@@ -29,8 +30,9 @@ NUM_REPEATS = 5
 
 
 def run(config: BenchConfig) -> list[Row]:
-    """Options: folder, on the disk to measure (default: the temporary folder)."""
-    config.only_options("folder")
+    """Options: folder, on the disk to measure (default: the temporary folder); rivals=false leaves out the
+    rows beside DeepSpeed and DCP, which take minutes."""
+    config.only_options("folder", "rivals")
     num_layers = config.scaled(8)
     side = int((TENSOR_BYTES // 4) ** 0.5)
     random = np.random.default_rng(config.seed)
@@ -44,6 +46,7 @@ def run(config: BenchConfig) -> list[Row]:
 
     with tempfile.TemporaryDirectory(dir=config.option("folder", tempfile.gettempdir())) as name:
         folder = Path(name)
+        rivals = checkpoint_rivals.rows(config, folder) if config.option("rivals", True) else []
         plain, rival, fresh = folder / "plain.bin", folder / "rival.pt", folder / "fresh"
 
         pieces = [
@@ -123,6 +126,7 @@ def run(config: BenchConfig) -> list[Row]:
         ),
         Row(name="save_vs_plain_write", value=save_s[2] / save_s[0], unit="x", limit=0.7),
         Row(name="load_vs_plain_read", value=restore_s[2] / restore_s[0], unit="x", limit=0.7),
+        *rivals,
         Row(
             name=f"save {size}, hashed, read back, durable; rival: torch.save + fsync; limit: write + fsync",
             value=mb / save_s[0],

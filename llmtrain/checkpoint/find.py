@@ -169,13 +169,20 @@ def clean(folder: Place) -> None:
         clean_step(path)
 
 
-def clean_step(path: Place) -> None:
+def clean_step(path: Place, *, token: str | None = None) -> None:
     """If a save or a deletion has left a step's folder unfinished, delete what does not belong to a committed
-    checkpoint in it."""
+    checkpoint in it.
+
+    Args:
+        token: of the save whose leftovers these must be; another run's are let be. None: of any.
+    """
     try:
         there = storage.names(path)
         if UNFINISHED_FILE not in there and _visible(there):
             return
+        if token is not None and UNFINISHED_FILE in there:
+            if storage.read_bytes(path / UNFINISHED_FILE) != token.encode():
+                return
         if MARKER_FILE not in there:
             _delete(path, there)
             return

@@ -111,6 +111,7 @@ def _save(
 ) -> Place:
     final = folder / folder_name(step)
     is_leader = ranks.rank == ranks.leader
+    token = secrets.token_hex(8)
 
     def agree(work: Callable[[], Result]) -> list[Result]:
         """Do this rank's part and return what every rank returned; raise on all if it failed on any."""
@@ -127,7 +128,7 @@ def _save(
         ]
         if failures:
             if is_leader:
-                clean_step(final)
+                clean_step(final, token=token)
             ranks.gather(None)  # nobody tries again while others are still deleting
             raise CheckpointError(
                 f"could not save step {step} in {folder}: {some(failures)}; "
@@ -144,8 +145,10 @@ def _save(
             own["state"] = state
         if is_leader:
             clean(folder)
-            own |= {"number": free_number(storage.names(final)), "token": secrets.token_hex(8)}
+            own |= {"number": free_number(storage.names(final)), "token": token}
             storage.put(final / UNFINISHED_FILE, own["token"].encode())
+            storage.flush(folder)  # the step's name outlives a power cut before an older step goes
+            storage.flush(folder.parent)
         return own
 
     def write() -> list[dict[str, Any]]:
@@ -164,11 +167,11 @@ def _save(
         if not is_leader:
             return
         everything = [file for of_rank in written for file in of_rank]
+        if _token(final) != token:
+            raise CheckpointError(f"another run saves in {folder}, too; give each its own save.folder")
         for claim, of_rank in zip(claims, written, strict=True):
             for file in of_rank if claim["leader"] == ranks.rank else ():
                 check_size(final / file["file"]["path"], file["file"]["num_bytes"])  # it is visible from here
-        if _token(final) != claims[ranks.leader]["token"]:
-            raise CheckpointError(f"another run saves in {folder}, too; give each its own save.folder")
         content = manifest(
             step=step,
             state=claims[0]["state"],

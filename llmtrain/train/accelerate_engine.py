@@ -276,7 +276,14 @@ def _open_accelerator(zero_stage: int, device: torch.device, precision: Precisio
         cpu=device.type == "cpu",
         mixed_precision="no" if precision is Precision.fp32 else precision.name,
         fsdp_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # not a second copy
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                gradient_as_bucket_view=True,  # not a second copy
+                # Else DDP sorts its buckets anew after the first step of a start, and sums of more than two
+                # ranks are added in another order from then on: a restart would not be bit-equal.
+                find_unused_parameters=True,
+            )
+        ],
     )
     if plugin is not None and device.type == "cpu":
         accelerator.state.fsdp_plugin = plugin

@@ -253,6 +253,8 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
     before = check_train(cfg, world_size=world_size, device=device)
     before.raise_if_any()  # before the lock creates the folder
     stack.enter_context(FolderLock(folder.path))
+    if cfg.save.folder is not None and isinstance(folder.checkpoints, Path):
+        stack.enter_context(FolderLock(folder.checkpoints))
     found = check_train(cfg, world_size=world_size, device=device)
     found.raise_if_any()
     for fact in found.facts:

@@ -18,8 +18,9 @@ def test_checkpoint_topic_measures_save_restore_verify_and_hashes(
     monkeypatch.setattr(checkpoints, "TENSOR_BYTES", 1 << 20)
     rows = checkpoints.run(BenchConfig(topic="checkpoints", scale=0.01, options={"folder": str(tmp_path)}))
     promised = ["async_stall_share,", "reshard_extra_memory", "save_vs_plain_write", "load_vs_plain_read"]
+    promised += ["save_load_vs_deepspeed,", "save_load_vs_dcp,"]
     assert [row.name.split(" ")[0] for row in rows] == [*promised, "save", "restore", "verify", "xxh3_128,"]
-    assert [row.unit for row in rows] == ["x"] * 4 + ["MB/s"] * 4
+    assert [row.unit for row in rows] == ["x"] * 6 + ["MB/s"] * 4
     assert all(row.value > 0 and row.ratio is not None for row in rows)
     assert list(tmp_path.iterdir()) == []
 

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from conftest import Launcher
 
 KILLED = -9
+NUM_STEPS = 600
+"""Of a real run: more than 20 attempts come to."""
 VICTIMS = ([0], [1], [0, 1], [1, 0])
 MUST_BE_HIT = PHASES[1:]
 """All but the start, in which a rank of the drill is for an instant."""
@@ -243,11 +245,12 @@ def test_kill_9_of_one_or_all_of_two_ranks_in_training_ends_bit_equal(
     layout = (
         "parallel.tp_size=2",
         "train.eval_every_steps=0",
-        "train.total_tokens=102400",
+        f"train.total_tokens={NUM_STEPS * 8 * 32}",
         "data.max_epochs=99",
+        "train.process_group_timeout_s=20",  # a rank that is killed before they meet is waited for so long
     )
     status, text = launcher.run(
-        train_arguments(data, tmp_path / "whole", *layout, "save.every_steps=400"), num_ranks=2
+        train_arguments(data, tmp_path / "whole", *layout, f"save.every_steps={NUM_STEPS}"), num_ranks=2
     )
     assert status == 0, text
     folder = tmp_path / "run"
@@ -264,13 +267,13 @@ def test_kill_9_of_one_or_all_of_two_ranks_in_training_ends_bit_equal(
         run = launcher.start(arguments, num_ranks=2)
         if kills % 2:
             wait_for(partial(has_saved_after, committed))
-        time.sleep(luck.uniform(0.0, 0.4 if kills % 2 else 5.0))
+        time.sleep(luck.uniform(0.0, 0.4 if kills % 2 else 4.0))
         victims = luck.choice(VICTIMS)
+        assert run.processes[victims[0]].is_alive(), run.text()
         for rank in victims:
-            assert run.processes[rank].is_alive(), run.text()
             run.processes[rank].kill()
         for process in run.processes:
-            process.join(timeout=30)
+            process.join(timeout=60)
             assert not process.is_alive(), f"a rank waits for a dead one:\n{run.text()}"
         kills += 1
         whole, damaged = newest_whole(saved, verify=True)
@@ -279,15 +282,16 @@ def test_kill_9_of_one_or_all_of_two_ranks_in_training_ends_bit_equal(
         found = 0 if whole is None else CheckpointReader(whole).step
         assert found >= max([committed, *told]), "a committed step is lost"
         committed = found
-    assert 20 < committed < 400
+    assert committed > 20
     status, text = launcher.run(arguments, num_ranks=2)
     assert status == 0, text
-    losses, expected = (
-        {line["step"]: line["loss"] for line in _steps(of)} for of in (folder, tmp_path / "whole")
-    )
-    assert losses == expected
+    expected = {line["step"]: line["loss"] for line in _steps(tmp_path / "whole")}
+    assert {line["step"] for line in _steps(folder)} == set(expected) == set(range(1, NUM_STEPS + 1))
+    for line in _steps(folder):
+        assert line["loss"] == expected[line["step"]], f"step {line['step']} of attempt {line['attempt']}"
     ours, theirs = (
-        CheckpointReader(checkpoint_path(of / "checkpoints", 400)) for of in (folder, tmp_path / "whole")
+        CheckpointReader(checkpoint_path(of / "checkpoints", NUM_STEPS))
+        for of in (folder, tmp_path / "whole")
     )
     assert ours.kinds == theirs.kinds == ["exp_avg", "exp_avg_sq", "weight"]
     for kind in theirs.kinds:
