@@ -180,9 +180,8 @@ def clean_step(path: Place, *, token: str | None = None) -> None:
         there = storage.names(path)
         if UNFINISHED_FILE not in there and _visible(there):
             return
-        if token is not None and UNFINISHED_FILE in there:
-            if storage.read_bytes(path / UNFINISHED_FILE) != token.encode():
-                return
+        if token is not None and UNFINISHED_FILE in there and _token_of(path) != token:
+            return
         if MARKER_FILE not in there:
             _delete(path, there)
             return
@@ -190,6 +189,10 @@ def clean_step(path: Place, *, token: str | None = None) -> None:
         _delete(path, [name for name in there if OURS.match(name) and name not in own])
     except (OSError, CheckpointError) as error:
         log.warning("could not tidy %s: %s", path, error)
+
+
+def _token_of(path: Place) -> str:
+    return storage.read_bytes(path / UNFINISHED_FILE).decode(errors="replace")
 
 
 def _delete(folder: Place, names: list[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import random
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from data_folder import Finished, train_arguments, wait_for, write_data_folder
 
-from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint, newest_whole
+from llmtrain.checkpoint.find import list_checkpoints, newest_checkpoint
 from llmtrain.checkpoint.inspect import inspect_checkpoint
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
@@ -199,37 +198,6 @@ def test_kill_9_at_20_random_moments_loses_no_committed_step(
     status, text = launcher.run(arguments)
     assert status == 0, text
     assert losses(folder) == losses(finished.folder), "the losses are not those of the uninterrupted run"
-
-
-@pytest.mark.slow
-def test_kill_9_of_one_of_two_ranks_loses_no_committed_step_and_leaves_no_rank(
-    launcher: Launcher, data: Path, tmp_path: Path
-) -> None:
-    """A save in the background has both ranks at work on it, whichever of them goes."""
-    folder = tmp_path / "run"
-    layout = ("train.global_batch_rows=8", "parallel.tp_size=2", "save.every_steps=1")
-    endless = ("train.total_tokens=2000000", "data.max_epochs=999", "run.intent=fresh_or_resume")
-    arguments = train_arguments(data, folder, *layout, *endless, "train.eval_every_steps=0")
-    moments, committed, saved = random.Random(3), 0, folder / "checkpoints"
-
-    def has_saved_after(checkpoints: Path, step: int) -> bool:
-        return max(list_checkpoints(checkpoints), default=0) > step
-
-    for number in range(12):
-        run = launcher.start(arguments, num_ranks=2)
-        wait_for(partial(has_saved_after, saved, committed))
-        time.sleep(moments.uniform(0.0, 0.5))
-        victim, other = run.processes[number % 2], run.processes[1 - number % 2]
-        victim.kill()
-        other.join(timeout=30)
-        assert not other.is_alive(), f"the other rank waits for a dead one:\n{run.text()}"
-        whole, damaged = newest_whole(saved, verify=True)
-        assert damaged == []
-        assert whole is not None
-        steps = [line["step"] for line in _lines(folder) if line["kind"] == "checkpoint"]
-        found = CheckpointReader(whole).step
-        assert found >= max([committed, *steps]), "a committed step was lost"
-        committed = found
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
