@@ -180,7 +180,7 @@ def clean_step(path: Place, *, token: str | None = None) -> None:
         there = storage.names(path)
         if UNFINISHED_FILE not in there and _visible(there):
             return
-        if token is not None and UNFINISHED_FILE in there and _token_of(path) != token:
+        if token is not None and UNFINISHED_FILE in there and token_of(path) != token:
             return
         if MARKER_FILE not in there:
             _delete(path, there)
@@ -191,8 +191,10 @@ def clean_step(path: Place, *, token: str | None = None) -> None:
         log.warning("could not tidy %s: %s", path, error)
 
 
-def _token_of(path: Place) -> str:
-    return storage.read_bytes(path / UNFINISHED_FILE).decode(errors="replace")
+def token_of(path: Place) -> str | None:
+    """Of the save under way in a step's folder; None without one."""
+    unfinished = path / UNFINISHED_FILE
+    return storage.read_bytes(unfinished).decode(errors="replace") if storage.exists(unfinished) else None
 
 
 def _delete(folder: Place, names: list[str]) -> None:

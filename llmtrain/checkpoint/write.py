@@ -20,7 +20,7 @@ import xxhash
 
 from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
-from llmtrain.checkpoint.find import clean, clean_step, retire
+from llmtrain.checkpoint.find import clean, clean_step, retire, token_of
 from llmtrain.checkpoint.format import (
     MARKER_FILE,
     UNFINISHED_FILE,
@@ -146,7 +146,7 @@ def _save(
         if is_leader:
             clean(folder)
             own |= {"number": free_number(storage.names(final)), "token": token}
-            storage.put(final / UNFINISHED_FILE, own["token"].encode())
+            storage.put(final / UNFINISHED_FILE, token.encode())
             storage.flush(folder)  # the step's name outlives a power cut before an older step goes
             storage.flush(folder.parent)
         return own
@@ -155,7 +155,7 @@ def _save(
         told = [[claim["step"], claim["world_size"]] for claim in claims]
         if told != [[step, ranks.world_size]] * ranks.world_size:
             raise CheckpointError(f"the ranks disagree on [step, world_size]: {some(map(str, told))}")
-        if _token(final) != claims[ranks.leader]["token"]:
+        if token_of(final) != claims[ranks.leader]["token"]:
             raise CheckpointError(
                 f"{final / UNFINISHED_FILE}, which rank {ranks.leader} has just written, is not there on "
                 f"{socket.gethostname()}; all nodes must share the folder of the checkpoints"
@@ -167,7 +167,7 @@ def _save(
         if not is_leader:
             return
         everything = [file for of_rank in written for file in of_rank]
-        if _token(final) != token:
+        if token_of(final) != token:
             raise CheckpointError(f"another run saves in {folder}, too; give each its own save.folder")
         for claim, of_rank in zip(claims, written, strict=True):
             for file in of_rank if claim["leader"] == ranks.rank else ():
@@ -202,11 +202,6 @@ class _Claim(TypedDict):
     token: str
     """In UNFINISHED: who sees another is on another file system, or not alone."""
     state: dict[str, Any]
-
-
-def _token(final: Place) -> str:
-    unfinished = final / UNFINISHED_FILE
-    return storage.read_bytes(unfinished).decode(errors="replace") if storage.exists(unfinished) else ""
 
 
 def write_rank_file(path: Place, pieces: Sequence[Piece]) -> dict[str, Any]:
