@@ -73,11 +73,23 @@ class Launcher:
         self._folder = folder
         self._count = 0
         self._runs: list[Run] = []
+        self._server: int | None = None
 
     def close(self) -> None:
         """Leave no process behind, whatever a test did."""
         for run in self._runs:
             run.kill()
+
+    def _keep_server(self) -> None:
+        """Fork from a server that knows torch: other tests of this process stop ours and start theirs."""
+        if self._server is None or forkserver._forkserver._forkserver_pid != self._server:
+            forkserver._forkserver._stop()
+            slow_to_import = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
+            self._context.set_forkserver_preload(
+                ["llmtrain.train.assemble", "llmtrain.train.deepspeed_engine", *slow_to_import]
+            )
+            forkserver.ensure_running()
+            self._server = forkserver._forkserver._forkserver_pid
 
     def start(
         self,
@@ -88,6 +100,7 @@ class Launcher:
         **environment: str,
     ) -> Run:
         """`own`: more arguments, of a rank alone."""
+        self._keep_server()
         self._count += 1
         shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if num_ranks > 1:
@@ -117,11 +130,6 @@ class Launcher:
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    forkserver._forkserver._stop()  # one that other tests have started knows nothing of torch
-    slow_to_import = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["llmtrain.train.assemble", "llmtrain.train.deepspeed_engine", *slow_to_import]
-    )
     launcher = Launcher(tmp_path_factory.mktemp("output"))
     yield launcher
     launcher.close()
