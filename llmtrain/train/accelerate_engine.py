@@ -82,6 +82,7 @@ class AccelerateEngine:
         self.is_split = placement.parallel.zero_stage >= 2
         """Whether each rank keeps its rows of every weight alone."""
         self._grad_clip = train.grad_clip
+        self._has_sorted_buckets = self.is_split or self.data.size <= 2
         if self.data.rank == 0:
             _warn_of_unheard(train.precision)
         with _heard_by_argument_alone(has_ranks=self.is_split or self.data.size > 1):
@@ -136,6 +137,13 @@ class AccelerateEngine:
         (num_valid,) = self._sum(sum(batch.num_valid for batch in mine))
         divisor = max(1.0, num_valid)  # a step of padding only has no gradient, and is no division by zero
         self._wrapped.train()
+        if not self._has_sorted_buckets:
+            # DDP sorts its buckets anew after the first backward pass of a process, and sums of more than two
+            # ranks are added in another order from then on: a restart would not be bit-equal. So that is done
+            # with a pass that counts for nothing.
+            self._add_gradients(mine[:1], scale=1.0)
+            self._optimizer.zero_grad(set_to_none=True)
+            self._has_sorted_buckets = True
         loss_sum = self._add_gradients(mine, scale=self.data.size / divisor)
         norm = self._clip_gradient()
         for group in self._optimizer.param_groups:
@@ -276,14 +284,7 @@ def _open_accelerator(zero_stage: int, device: torch.device, precision: Precisio
         cpu=device.type == "cpu",
         mixed_precision="no" if precision is Precision.fp32 else precision.name,
         fsdp_plugin=plugin,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                gradient_as_bucket_view=True,  # not a second copy
-                # Else DDP sorts its buckets anew after the first step of a start, and sums of more than two
-                # ranks are added in another order from then on: a restart would not be bit-equal.
-                find_unused_parameters=True,
-            )
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # not a second copy
     )
     if plugin is not None and device.type == "cpu":
         accelerator.state.fsdp_plugin = plugin
