@@ -71,8 +71,10 @@ def compare(path_a: Place, path_b: Place, *, state: bool) -> Difference:
         CheckpointError: no checkpoint there, or a damaged one.
     """
     a, b = (CheckpointReader(find(path)) for path in (path_a, path_b))
-    of_a, of_b = ([(kind, name) for kind in each.kinds for name in each.shapes(kind)] for each in (a, b))
-    both = [key for key in of_a if key in set(of_b)]
+    of_a, of_b = (
+        dict.fromkeys((kind, name) for kind in each.kinds for name in each.shapes(kind)) for each in (a, b)
+    )
+    both = [key for key in of_a if key in of_b]
     shapes = [(key, a.shapes(key[0])[key[1]], b.shapes(key[0])[key[1]]) for key in both]
     alike = [key for key, mine, theirs in shapes if mine == theirs]
     types = [(key, a.dtype(*key).name, b.dtype(*key).name) for key in both]
@@ -82,8 +84,8 @@ def compare(path_a: Place, path_b: Place, *, state: bool) -> Difference:
         steps=(a.step, b.step),
         kinds=(a.kinds, b.kinds),
         state=_states(a.state, b.state) if state else [],
-        only_in_a=[" ".join(key) for key in of_a if key not in set(of_b)],
-        only_in_b=[" ".join(key) for key in of_b if key not in set(of_a)],
+        only_in_a=[" ".join(key) for key in of_a if key not in of_b],
+        only_in_b=[" ".join(key) for key in of_b if key not in of_a],
         shapes=[(" ".join(key), [*mine], [*theirs]) for key, mine, theirs in shapes if mine != theirs],
         types=[(" ".join(key), mine, theirs) for key, mine, theirs in types if mine != theirs],
         num_compared=len(alike),

@@ -24,12 +24,12 @@ OURS = re.compile(rf"\.|rank-|manifest|{UNFINISHED_FILE}$")
 
 def checkpoints_of(path: Place) -> Place:
     """Where the checkpoints are of a run folder, or of a folder of checkpoints."""
-    if "checkpoints" in (there := storage.names(path)):
-        return path / "checkpoints"
+    there = storage.names(path)
     if isinstance(path, Path) and "config.yaml" in there:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}
-        return place_of(config.get("save", {}).get("folder") or path)
-    return path
+        if elsewhere := config.get("save", {}).get("folder"):
+            return place_of(elsewhere)
+    return path / "checkpoints" if "checkpoints" in there else path
 
 
 def list_checkpoints(folder: Place) -> list[int]:
@@ -120,9 +120,13 @@ def retire(folder: Place, *, step: int, config: SaveConfig) -> None:
     """Delete the checkpoints before `step` that `config` does not keep. A failure is only told: the next save
     tries again."""
     try:
-        earlier = [older for older in list_checkpoints(folder) if older < step]
+        there = list_checkpoints(folder)
+        if step not in there:
+            log.error("step %d, just saved, is not in %s: no older checkpoint is deleted", step, folder)
+            return
+        earlier = [older for older in there if older < step]
         kept = _kept(folder, [*earlier, step], config)
-    except CheckpointError as error:
+    except (OSError, CheckpointError) as error:
         log.warning("could not look for checkpoints to delete: %s", error)
         return
     for older in earlier:
@@ -202,6 +206,9 @@ def _delete(folder: Place, names: list[str]) -> None:
     for name in sorted(names, key=lambda name: name == UNFINISHED_FILE):
         if name == UNFINISHED_FILE:
             storage.flush(folder)
+            left = storage.names(folder)
+            if MARKER_FILE not in left and left != [UNFINISHED_FILE]:
+                return  # something has come since: the next save deletes it
         storage.delete(folder / name)
     if MARKER_FILE not in storage.names(folder):
         storage.delete_folder(folder)

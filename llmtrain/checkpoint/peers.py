@@ -11,8 +11,10 @@ import json
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +24,9 @@ from fsspec.spec import AbstractFileSystem
 from llmtrain.checkpoint.storage import Url
 
 PROTOCOL = "peer"
+ANSWER_S = 60.0
+"""Seconds that a request may take."""
+ACCEPT_PAUSE_S = 0.05
 
 
 class Server:
@@ -33,7 +38,8 @@ class Server:
             host: the address of this host that the others reach.
         """
         self._folder = folder
-        self._listener = Listener((host, 0), backlog=128, authkey=key)
+        self._key = key
+        self._listener = Listener((host, 0), backlog=128)
         address = self._listener.address
         assert isinstance(address, tuple), "of a host and a port"
         self.url = Url(f"{PROTOCOL}://{host}:{address[1]}")
@@ -43,19 +49,25 @@ class Server:
 
     def close(self) -> None:
         self._is_open = False
+        with suppress(OSError):  # wakes the thread that waits for the next one
+            Client(self._listener.address).close()
         self._listener.close()
 
     def _accept(self) -> None:
         while self._is_open:
-            # one with a wrong key, or who went away, is no reason to leave the others alone; a closed
-            # listener ends the loop
-            with suppress(Exception):
+            try:
                 connection = self._listener.accept()
-                threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
+            except OSError:  # who went away; a closed listener
+                time.sleep(ACCEPT_PAUSE_S)
+                continue
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
     def _answer(self, connection: Connection) -> None:
-        with connection, suppress(EOFError, OSError):
-            while True:
+        # who is silent or has another key is left alone in this thread
+        with connection, suppress(EOFError, OSError, AuthenticationError):
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
+            while self._is_open:
                 asked = json.loads(connection.recv_bytes())
                 try:
                     answer = self._read(asked["name"], asked["start"], asked["end"])
@@ -105,6 +117,8 @@ class PeerFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec is unt
                 connections[host_port] = Client((host, int(port)), authkey=self.key)
             connection = connections[host_port]
             connection.send_bytes(json.dumps({"name": name, "start": start, "end": end}).encode())
+            if not connection.poll(ANSWER_S):
+                raise TimeoutError(f"no answer from {host_port} in {ANSWER_S:g} s")
             failure = json.loads(connection.recv_bytes())["failure"]
             answer: bytes = b"" if failure else connection.recv_bytes()
         except Exception:

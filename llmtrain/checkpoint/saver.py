@@ -70,13 +70,16 @@ class Saver:
         self._config = config
         self._allocate = allocate
         self._buffer = np.empty(0, np.uint8)
+        self.has_memory = memory is not None
+        """Whether snapshots are asked for: the same on all ranks at all times."""
         self.memory = memory
-        """None also after a snapshot that failed."""
+        """None also after a snapshot that failed, which a rank's thread learns at its own moment."""
+        self._reservation: threading.Thread | None = None
         self._copiers = ThreadPoolExecutor(COPY_THREADS, thread_name_prefix="copy")
         self._writer: threading.Thread | None = None
         self._saved: list[Saved] = []
         self.failure: CheckpointError | None = None
-        """Of a save in the background; it has failed on every rank."""
+        """Of a save in the background, which has failed on every rank, or of `reserve` on this one."""
 
     def save(
         self, step: int, pieces: Iterable[Piece], state: dict[str, Any], *, in_memory: bool = False
@@ -92,6 +95,8 @@ class Saver:
         """
         start = time.perf_counter()
         self._wait(None)
+        if in_memory and self.memory is None:  # as on every rank, now that the one before is over
+            return
         waited = time.perf_counter()
 
         def write(own: Iterable[Piece]) -> float:
@@ -145,6 +150,7 @@ class Saver:
         self._wait(self._config.exit_wait_s)
 
     def _wait(self, limit_s: float | None) -> None:
+        self.settle()
         if self._writer is not None:
             self._writer.join(limit_s)
             if self._writer.is_alive():
@@ -184,8 +190,14 @@ class Saver:
                         f"state: {type(error).__name__}: {error}; save.in_background=false needs none"
                     )
 
-            self._writer = threading.Thread(target=get, name="first host memory", daemon=True)
-            self._writer.start()
+            self._reservation = threading.Thread(target=get, name="first host memory", daemon=True)
+            self._reservation.start()
+
+    def settle(self) -> None:
+        """Wait for `reserve`: whether it has failed, here alone, is in `failure` then."""
+        if self._reservation is not None:
+            self._reservation.join()
+            self._reservation = None
 
     def _copy(self, pieces: Iterable[Piece]) -> list[Piece]:
         """`pieces` with values of their own, in one buffer that is used again."""

@@ -25,10 +25,10 @@ from llmtrain.files import atomic_write, fsync_folder
 log = logging.getLogger(__name__)
 
 NUM_TRIES = 6
-"""Of one request; with the pauses below, an outage of 15 seconds is sat out."""
+"""Of one request; with the pauses below, an outage of 8 seconds is sat out, on average one of 12."""
 FIRST_PAUSE_S = 0.5
 """Then twice as long each time, less a random part: ranks do not come back all at once."""
-FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, CheckpointError)
 """What another try would not change."""
 DISK_BLOCK_BYTES = 1 << 20
 """Read at once: what the processor's caches still hold when it is hashed."""
@@ -87,7 +87,8 @@ def names(folder: Place) -> list[str]:
         CheckpointError: it cannot be read.
     """
     if isinstance(folder, Path):
-        return sorted(os.listdir(folder)) if folder.is_dir() else []
+        with _readable(folder):
+            return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def ask(system: Any, inside: str) -> list[str]:
         system.invalidate_cache()  # others write, too

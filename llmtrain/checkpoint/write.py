@@ -12,6 +12,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
@@ -115,16 +116,18 @@ def _save(
 
     def agree(work: Callable[[], Result]) -> list[Result]:
         """Do this rank's part and return what every rank returned; raise on all if it failed on any."""
-        result, failure, cause = None, "", None
+        result, failure, cause = None, None, None
         try:
             result = work()
         except Exception as error:  # raised again below, on every rank
             cause = error
             known = isinstance(error, OSError | CheckpointError)
-            failure = str(error) if known else f"{type(error).__name__}: {error}"
+            failure = str(error) if known and str(error) else f"{type(error).__name__}: {error}"
         outcomes: list[Any] = ranks.gather({"failure": failure, "result": result})
         failures = [
-            f"rank {at}: {outcome['failure']}" for at, outcome in enumerate(outcomes) if outcome["failure"]
+            f"rank {at}: {outcome['failure']}"
+            for at, outcome in enumerate(outcomes)
+            if outcome["failure"] is not None
         ]
         if failures:
             if is_leader:
@@ -144,11 +147,14 @@ def _save(
             to_json(state)
             own["state"] = state
         if is_leader:
+            is_new = not storage.names(folder)
             clean(folder)
             own |= {"number": free_number(storage.names(final)), "token": token}
             storage.put(final / UNFINISHED_FILE, token.encode())
             storage.flush(folder)  # the step's name outlives a power cut before an older step goes
-            storage.flush(folder.parent)
+            if is_new:
+                with suppress(PermissionError):  # a folder that one may pass and not list
+                    storage.flush(folder.parent)
         return own
 
     def write() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llmtrain.checkpoint.find import checkpoints_of, newest_checkpoint
+from llmtrain.checkpoint.format import STEP_NAME
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.storage import Place
 from llmtrain.cli.run_config import data_folder_of
@@ -98,7 +99,7 @@ def load_weights(
 def _open_checkpoint(path: Place) -> tuple[CheckpointReader, Path | None]:
     if isinstance(path, Path) and not path.is_dir():
         raise CheckpointError(f"no folder {path}; give checkpoint=RUN_FOLDER, as in checkpoint=runs/demo")
-    if path.name.startswith("step-"):
+    if STEP_NAME.fullmatch(path.name):
         reader = CheckpointReader(path)
         reader.verify()
         return reader, _run_of(path.absolute().parent) if isinstance(path, Path) else None

@@ -26,7 +26,7 @@ from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.checkpoint.write import Ranks
 from llmtrain.data.manifest import verify
-from llmtrain.errors import EXIT_FAILED, CheckpointError, DiskError, LLMTrainError
+from llmtrain.errors import EXIT_FAILED, CheckpointError, ConfigError, DiskError, DivergedError, LLMTrainError
 from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
@@ -99,9 +99,11 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             return
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
+        serving = stack.enter_context(ExitStack())
+        on_disk = 0 if reader is None else reader.step
         memory = _open_memory(cfg, folder)
         if memory is not None:
-            reader = _newer_in_memory(cfg, folder, memory, reader, stack)
+            reader = _newer_in_memory(cfg, folder, memory, reader, start, serving)
         source = None if reader is None else str(reader.path)
         start_up.mark("checks")
 
@@ -114,6 +116,8 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len, seed=cfg.run.seed)
         engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
         progress = _load(cfg, engine, reader, data)
+        progress.on_disk = min(on_disk, progress.step)
+        serving.close()  # all have loaded
         batches = Batches(
             data.train,
             order=data.order,
@@ -213,7 +217,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             folder.checkpoints,
             ranks,
             cfg.save,
-            memory=None if memory is None else (memory.folder, memory.ranks(ranks.gather)),
+            memory=(memory.folder, memory.ranks(ranks.gather)) if memory and _has_room(cfg, memory) else None,
             allocate=partial(host_memory, device=device),
         )
         stack.callback(saver.leave)
@@ -240,7 +244,9 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 start_up,
                 roll_call,
             )
-        except LLMTrainError:  # every rank has it
+        except LLMTrainError as error:  # every rank has it
+            if memory is not None and isinstance(error, DivergedError):
+                memory.leave()  # it may be from just before: people go back further
             if rank != 0:
                 sys.exit(EXIT_FAILED)  # rank 0 says why
             raise
@@ -282,38 +288,59 @@ def _verify_share(cfg: TrainRoot, data: OpenData, *, rank: int, world_size: int)
 
 
 def _open_memory(cfg: TrainRoot, folder: RunFolder) -> MemoryTier | None:
-    """Where snapshots go, if they are asked for and there is room on every host."""
+    """Where snapshots lie, if they are asked for."""
     if not cfg.save.memory_every_steps:
         return None
     own = _together(lambda: folder_in(Path(cfg.save.memory_folder), folder.path))
-    tier = MemoryTier(own, rank=dist.get_rank(), gather=_gather)
-    if lacking := tier.lacks_room(num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM):
-        if dist.get_rank() == 0:
-            log.warning("no snapshots in memory: %s; make room, or set save.memory_folder", lacking)
-        tier.leave()
-        return None
-    return tier
+    return MemoryTier(own, rank=dist.get_rank(), gather=_gather)
+
+
+def _has_room(cfg: TrainRoot, memory: MemoryTier) -> bool:
+    lacking = memory.lacks_room(num_params(cfg.model) * CHECKPOINT_BYTES_PER_PARAM)
+    if lacking and dist.get_rank() == 0:
+        log.warning("no snapshots in memory: %s; make room, or set save.memory_folder", lacking)
+    return lacking is None
 
 
 def _newer_in_memory(
-    cfg: TrainRoot, folder: RunFolder, memory: MemoryTier, reader: CheckpointReader | None, stack: ExitStack
+    cfg: TrainRoot,
+    folder: RunFolder,
+    memory: MemoryTier,
+    reader: CheckpointReader | None,
+    start: Start,
+    serving: ExitStack,
 ) -> CheckpointReader | None:
     """The snapshot in memory, where it is newer than the checkpoint `reader` and of the attempt before."""
     goes_on = cfg.run.intent in (Intent.resume, Intent.fresh_or_resume)
     after = sys.maxsize if not goes_on else 0 if reader is None else reader.step
 
     def is_ours(snapshot: CheckpointReader) -> bool:
-        last = files.read_json(folder.facts)["attempts"][-1] if folder.facts.exists() else {}
+        try:
+            last = files.read_json(folder.facts)["attempts"][-1]
+        except (OSError, ValueError, KeyError, IndexError):
+            last = {}
         is_left = snapshot.state["attempt_id"] == last.get("id")
         if not is_left and snapshot.manifest_hash != last.get("from_manifest_sha256"):
             log.warning("not using %s: not the last attempt of %s left it", snapshot.path, folder.path)
             return False
         problems, warnings = compare_to_checkpoint(cfg, snapshot)
-        for text in (*problems, *warnings):
+        if snapshot.state["data_hash"] != start.data_hash:
+            problems.append("it was trained on other data than data.folder and data.sources give now")
+        if problems:
+            raise ConfigError(
+                f"the snapshot in memory, {snapshot.path}, is newer than the disk, "
+                f"and {'; '.join(problems)}: set them back, or rm -r {memory.folder} to go on without it"
+            )
+        for text in warnings:
             log.warning("the snapshot in memory: %s", text)
-        return not problems
+        return True
 
-    snapshot = memory.newest(after=after, is_ours=is_ours, stack=stack)
+    try:
+        snapshot = memory.newest(after=after, is_ours=is_ours, stack=serving)
+    except ConfigError:  # every rank has it
+        if dist.get_rank() != 0:
+            sys.exit(EXIT_FAILED)  # rank 0 says why
+        raise
     if snapshot is None:
         return reader
     if dist.get_rank() == 0:

@@ -47,6 +47,8 @@ class Progress:
     """Optimizer updates done."""
     position: int
     """Rows consumed."""
+    on_disk: int = 0
+    """Step of the checkpoint that the run could go on from without what is in memory."""
 
 
 class StopSignal:
@@ -106,7 +108,7 @@ def train(
     device_flops = (cfg.train.device_peak_tflops or math.nan) * 1e12 * dist.get_world_size()
     token_flops = flops_per_token(cfg.model, seq_len, convention=MFU_CONVENTION)
     first_step = progress.step + 1
-    last_saved = progress.step
+    last_saved = progress.on_disk
     while progress.position * seq_len < cfg.train.total_tokens:
         step_start = time.perf_counter()
         rows_per_step = sizes.rows_at(progress.position)
@@ -178,13 +180,16 @@ def train(
         eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):
             eval_loss = evaluate(cfg, engine, held_out, progress, recorder)
+        if done:
+            saver.finish()
         if done or _due(progress.step, cfg.save.every_steps):
             _save(save, engine, progress, recorder, ledger, saver, eval_loss)
             last_saved = progress.step
-        elif saver.memory is not None and _due(progress.step, cfg.save.memory_every_steps):
+        elif saver.has_memory and _due(progress.step, cfg.save.memory_every_steps):
             _save(save, engine, progress, recorder, ledger, saver, eval_loss, in_memory=True)
     is_over = progress.position * seq_len >= cfg.train.total_tokens
     if last_saved < progress.step:
+        saver.finish()
         _save(save, engine, progress, recorder, ledger, saver, None)
     saver.finish()
     _record_saved(saver, recorder)
@@ -212,6 +217,7 @@ def _save(
     after a power cut."""
     if ledger is not None:
         ledger.sync()
+    saver.settle()
     _raise_together(engine, _kept_failure(recorder, ledger, saver))
     save(progress, eval_loss=eval_loss, in_memory=in_memory)
 

@@ -7,6 +7,7 @@ newer, if the attempt just before wrote it or began with it, and if every file i
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -17,16 +18,17 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.find import clean, list_checkpoints, remove
-from llmtrain.checkpoint.format import folder_name
+from llmtrain.checkpoint.format import MARKER_FILE, folder_name
 from llmtrain.checkpoint.peers import PeerFileSystem, Server, own_address
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.storage import Place
 from llmtrain.checkpoint.write import Ranks
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +39,14 @@ def folder_in(root: Path, run_folder: Path) -> Path:
     """Of a run, made if it is not there.
 
     Raises:
-        OSError: `root` cannot be written.
+        OSError: `root` cannot be written, or something of that name there is not this user's folder alone.
     """
     name = hashlib.sha256(str(run_folder.absolute()).encode()).hexdigest()[:16]
     folder = root / f"llmtrain-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "is no folder that you alone may open; remove it", str(folder))
     return folder
 
 
@@ -93,10 +98,14 @@ class MemoryTier:
     def newest(
         self, *, after: int, is_ours: Callable[[CheckpointReader], bool], stack: ExitStack
     ) -> Snapshot | None:
-        """The newest snapshot of a step `after` that `is_ours` (asked on rank 0) and whole; others go.
+        """The newest snapshot of a step `after` that `is_ours` and whole. Others go: the run goes on without.
 
         Args:
+            is_ours: asked on rank 0; raises ConfigError for a snapshot that is, but does not fit.
             stack: closes what other hosts read from, when they have.
+
+        Raises:
+            ConfigError: on every rank; the snapshot stays.
         """
         own = self._look(after) if self._is_leader else None
         looks = {rank: look for rank, look in enumerate(self._gather(own)) if look is not None}
@@ -105,7 +114,11 @@ class MemoryTier:
             files = {rank: look[str(step)]["files"] for rank, look in looks.items()}
             places = self._serve(folder_name(step), files, stack)
             snapshot = Snapshot(self.folder / folder_name(step), places)
-            if all(self._gather(self._is_good(snapshot, files, is_ours))):
+            verdicts = self._gather(self._judge(snapshot, files, is_ours))
+            for kind, text in filter(None, verdicts):
+                if kind == "refused":
+                    raise ConfigError(text)
+            if not any(verdicts):
                 self._clear(but=step)
                 return snapshot
         self._clear(but=None)
@@ -126,8 +139,8 @@ class MemoryTier:
         for step in list_checkpoints(self.folder):
             path = self.folder / folder_name(step)
             if step > after:
-                with suppress(OSError):
-                    told = (path / "COMMITTED").read_text()
+                with suppress(CheckpointError):
+                    told = storage.read_bytes(path / MARKER_FILE).decode(errors="replace")
                     found[str(step)] = {"marker": told, "files": storage.names(path)}
         return found
 
@@ -138,36 +151,57 @@ class MemoryTier:
             return {}
         url = None
         PeerFileSystem.key = self._gather(secrets.token_hex(32))[0].encode()
-        if self._is_leader:
-            host = own_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
-            server = Server(self.folder / name, host=host, key=PeerFileSystem.key)
-            stack.callback(server.close)
-            url = server.url.text
+        address = self._own_address()
+        if self._is_leader and address is not None:
+            with suppress(OSError):  # the others do not find the files then, and the snapshot is not used
+                server = Server(self.folder / name, host=address, key=PeerFileSystem.key)
+                stack.callback(server.close)
+                url = server.url.text
         urls = self._gather(url)
         here = files[self._leader]
         return {
             file: storage.Url(urls[rank]) / file
             for rank, of_host in files.items()
             for file in of_host
-            if file not in here
+            if file not in here and urls[rank] is not None
         }
 
-    def _is_good(
+    def _own_address(self) -> str | None:
+        """Where the others reach this host. The one that the ranks meet on may call itself 127.0.1.1."""
+
+        def on_the_way_to(peer: str) -> str | None:
+            try:
+                return own_address(peer)
+            except OSError:
+                return None
+
+        own = on_the_way_to(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        others = [address for address in self._gather(own) if address and not address.startswith("127.")]
+        if others and own is not None and own.startswith("127."):
+            return on_the_way_to(others[0])
+        return own
+
+    def _judge(
         self, snapshot: Snapshot, files: dict[int, list[str]], is_ours: Callable[[CheckpointReader], bool]
-    ) -> bool:
-        """Each host compares its own files with their hashes."""
+    ) -> tuple[str, str] | None:
+        """Why it cannot be used, in a word and a sentence; each host compares its own files with their
+        hashes."""
         if not self._is_leader:
-            return True
+            return None
         try:
             reader = snapshot.open()
             for at, (path, _, _) in enumerate(reader.files()):
                 if path.name in files[self._rank]:
                     for problem in reader.problems_of(at):
                         raise CheckpointError(problem)
-            return self._rank != 0 or is_ours(reader)
+            if self._rank == 0 and not is_ours(reader):
+                return "not ours", ""
+        except ConfigError as error:
+            return "refused", str(error)
         except CheckpointError as error:
             log.warning("not using the snapshot in memory: %s", error)
-            return False
+            return "damaged", str(error)
+        return None
 
     def _clear(self, *, but: int | None) -> None:
         if self._is_leader:

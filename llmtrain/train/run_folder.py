@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmtrain.checkpoint.find import checkpoints_of, newest_folder, newest_whole
+from llmtrain.checkpoint.format import STEP_NAME
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.errors import CheckpointError, ConfigError
@@ -81,7 +82,7 @@ def checkpoint_to_start_from(
     if cfg.intent is Intent.warm_start:
         assert cfg.init_from is not None, "checked by RunConfig"
         source = place_of(cfg.init_from)
-        if source.name.startswith("step-"):
+        if STEP_NAME.fullmatch(source.name):
             if damaged and source in damaged:
                 raise CheckpointError(damaged[source])
             CheckpointReader(source)

@@ -285,3 +285,28 @@ def test_cut_off_at_any_change_the_newest_committed_one_loads(place: Place) -> N
     else:
         pytest.fail("60 changes were not all")
     assert num_cuts > 20
+
+
+def test_an_error_without_words_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, keep=1)
+    put = storage.put
+
+    def refuse(place: Place, content: bytes) -> None:
+        if place.name == MARKER_FILE:
+            raise PermissionError
+        put(place, content)
+
+    monkeypatch.setattr(storage, "put", refuse)
+    with pytest.raises(CheckpointError, match=r"could not save step 2 in .*: rank 0: PermissionError: "):
+        save(tmp_path, 2, keep=1)
+    assert list_checkpoints(tmp_path) == [1]
+    check(tmp_path / "step-00000001", plus=0)
+
+
+def test_a_runs_checkpoints_are_where_its_config_says(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "checkpoints", 1)  # of before it was told another place
+    save(tmp_path / "elsewhere", 2)
+    (tmp_path / "run" / "config.yaml").write_text(f"save:\n  folder: {tmp_path / 'elsewhere'}\n")
+    assert inspect_checkpoint(tmp_path / "run", verify=True).step == 2
+    (tmp_path / "run" / "config.yaml").write_text("save:\n  folder: null\n")
+    assert inspect_checkpoint(tmp_path / "run", verify=True).step == 1

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from data_folder import train_arguments, wait_for
+from data_folder import train_arguments, wait_for, write_data_folder
 
 from llmtrain.checkpoint import storage
 from llmtrain.checkpoint.config import SaveConfig
@@ -23,7 +24,7 @@ from llmtrain.checkpoint.format import Piece
 from llmtrain.checkpoint.peers import PeerFileSystem, Server
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.write import ALONE, save_checkpoint
-from llmtrain.errors import CheckpointError
+from llmtrain.errors import EXIT_FAILED, CheckpointError
 from llmtrain.tracking.metrics import read_lines
 from llmtrain.train.memory_tier import MemoryTier, folder_in
 
@@ -157,6 +158,53 @@ def test_a_snapshot_that_is_damaged_or_not_of_the_attempt_before_is_not_used(
     assert f"resumed from {folder}/checkpoints/step-{saved:08d}" in text
 
 
+def test_a_stop_right_after_a_start_from_memory_puts_it_on_the_disk(
+    launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    """What memory alone has is not left to memory."""
+    folder, memory = tmp_path / "run", tmp_path / "memory"
+    arguments = arguments_of(data, folder, memory)
+    run_past(launcher, arguments, folder, attempt=1, steps=10, num_ranks=1, victim=0)
+    (own,) = memory.iterdir()
+    (step,) = list_checkpoints(own)
+    # fewer tokens than the snapshot has seen: over before the first step, as after an early stop signal
+    status, text = launcher.run([*arguments, f"train.total_tokens={8 * 32 * (step - 1)}"])
+    assert status == 0, text
+    assert list_checkpoints(folder / "checkpoints") == [step]
+    assert not own.exists()
+
+
+@pytest.mark.parametrize("what", ["another setting", "other data"])
+def test_a_snapshot_that_does_not_fit_the_settings_is_an_error_and_stays(
+    launcher: Launcher, data: Path, tmp_path: Path, what: str
+) -> None:
+    folder, memory = tmp_path / "run", tmp_path / "memory"
+    arguments = arguments_of(data, folder, memory)
+    run_past(launcher, arguments, folder, attempt=1, steps=10, num_ranks=1, victim=0)
+    changed = "model.num_layers=3"
+    if what == "other data":
+        other = write_data_folder(tmp_path / "other", seed=1)
+        changed = f"data.folder={other}"
+    status, text = launcher.run([*arguments, changed])
+    assert status == EXIT_FAILED, text
+    assert "is newer than the disk, and" in text
+    (own,) = memory.iterdir()
+    assert list_checkpoints(own) != []
+
+
+def test_a_folder_in_memory_that_others_may_open_is_refused(tmp_path: Path) -> None:
+    own = folder_in(tmp_path, Path("runs/mine"))
+    assert folder_in(tmp_path, Path("runs/mine")) == own
+    own.chmod(0o777)
+    with pytest.raises(PermissionError, match="no folder that you alone may open"):
+        folder_in(tmp_path, Path("runs/mine"))
+    own.rmdir()
+    (tmp_path / "victim").mkdir(mode=0o700)
+    own.symlink_to(tmp_path / "victim")
+    with pytest.raises(PermissionError, match="no folder that you alone may open"):
+        folder_in(tmp_path, Path("runs/mine"))
+
+
 def test_of_snapshots_the_newest_after_the_disk_is_taken_and_the_others_go(tmp_path: Path) -> None:
     own = folder_in(tmp_path, Path("runs/mine"))
     piece = Piece("weight", "w", (3,), 0, np.arange(3, dtype=np.float32))
@@ -193,8 +241,10 @@ def test_a_snapshot_that_fails_is_the_last_and_costs_nothing_else(
     saver = Saver(tmp_path / "disk", ALONE, SaveConfig(), memory=(tmp_path / "memory", ALONE))
     piece = Piece("weight", "w", (3,), 0, np.arange(3, dtype=np.float32))
     saver.save(1, [piece], {}, in_memory=True)
+    saver.save(2, [piece], {}, in_memory=True)  # due while the first is failing
     saver.finish()
     assert saver.memory is None
+    assert saver.has_memory
     assert "no more snapshots in memory: could not save step 1" in caplog.text
     saver.save(2, [piece], {})
     saver.finish()
@@ -219,6 +269,8 @@ def test_only_who_has_the_key_reads_and_only_from_the_folder(tmp_path: Path) -> 
             assert ranges.read_into(3, memoryview(into)) == 4
         assert into == b"3456"
         assert storage.num_bytes(server.url / "file") == 10
+        with socket.create_connection(server.url.text.removeprefix("peer://").split(":")):  # says nothing
+            assert storage.num_bytes(server.url / "file") == 10
         for name in ("../secret", "nowhere"):
             with pytest.raises(CheckpointError, match="cannot be read: No such file"):
                 storage.read_bytes(server.url / name)
