@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all bench-planner lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -35,6 +35,9 @@ test: setup
 
 test-all: setup
 	$(PYTEST) -m "not gpu" --timeout 3600
+
+bench-planner: setup
+	$(BIN)/llmtrain bench planner out=plans/accuracy.json
 
 lint: setup
 	$(BIN)/ruff format --check

@@ -25,7 +25,7 @@ step() { # step COMMAND...: show it, then run it
 }
 
 step llmtrain data corpus=python_docs "${text[@]}"
-step llmtrain plan budget.device_hours=0.1 hardware=this_machine "name=$name" out=plans
+step llmtrain plan budget.days=6min cluster=this_machine "name=$name" out=plans
 
 train=(launch/single_node.sh +experiment=demo "run.plan=plans/$name.plan.json" "${size[@]}")
 last_step() { grep -o '"kind": "step", "step": [0-9]*' "$run/metrics.jsonl" 2>/dev/null | tail -n 1 | grep -o '[0-9]*$' || echo 0; }
@@ -57,7 +57,7 @@ cat <<TEXT
 
 The demo is done. What it left:
   $data/manifest.json    what the text became, and what was dropped for which reason
-  plans/$name.plan.json            what a tenth of a device hour buys on this machine
+  plans/$name.plan.json            what six minutes buy on this machine; plans/$name.plan.html to look at
   $run/checkpoints/         weights and optimizer state, readable by any number of ranks
   $run/metrics.jsonl        one line a step; $run/run.json has versions and commands
   $run/report.html          open this one in a browser

@@ -32,7 +32,15 @@ MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted
     },
     "inference": {"inference", "model", "data.tokenizer", "loader.dataset", "loader.batches"},
     "export": {"export", "model", "data.tokenizer"},
-    "tracking": {"tracking", "data.manifest", "model.config", "model.size", "planner.plan", "planner.laws"},
+    "tracking": {
+        "tracking",
+        "data.manifest",
+        "model.config",
+        "model.size",
+        "planner.plan",
+        "planner.interval",
+        "planner.runs",
+    },
     "launch": {"launch", "parallel.config", "parallel.topology"},
     "train": {
         "train",
@@ -75,6 +83,8 @@ NO_TORCH_FILES = {
     "train/certificate.py",
     "train/shrink.py",
 }
+MAY_HOLD_CODE = {"__init__.py", "planner/__init__.py"}
+"""The version; and `llmtrain.planner.predict`, which others call, found when it is asked for."""
 LIGHT_VERBS = {"cli.plan", "cli.data", "cli.report", "cli.train", "cli.verify", "cli.main", "cli.compose"}
 """Verbs that login and CPU nodes run; `train` among them for check_only=true."""
 
@@ -223,7 +233,7 @@ def test_init_files_hold_a_docstring_and_no_code():
         if path.endswith("__init__.py"):
             body = ast.parse(source).body
             assert ast.get_docstring(ast.parse(source)), f"{path} does not say what the package is for"
-            assert path == "__init__.py" or len(body) == 1, f"{path} holds code"
+            assert path in MAY_HOLD_CODE or len(body) == 1, f"{path} holds code"
 
 
 def test_light_modules_load_without_torch_and_deepspeed():

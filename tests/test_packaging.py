@@ -79,8 +79,8 @@ def test_the_wheel_holds_conf_and_the_planners_tables(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (PROJECT / "conf").rglob("*.yaml"):
         assert f"llmtrain/{path.relative_to(PROJECT).as_posix()}" in names
-    assert "llmtrain/planner/tables/besiroglu_bootstrap.csv" in names
-    assert "llmtrain/planner/tables/chinchilla_runs.csv" in names
+    assert "llmtrain/planner/tables/loss/besiroglu_bootstrap.csv" in names
+    assert "llmtrain/planner/tables/loss/chinchilla_runs.csv" in names
 
 
 def test_the_wheel_holds_the_whole_package_and_its_licence(wheel):
@@ -99,13 +99,14 @@ def test_the_wheel_brings_the_console_command(wheel):
 
 
 def test_plan_runs_from_another_folder_with_only_numpy_and_hydra(planners_python, tmp_path):
-    command = [planners_python.with_name("llmtrain"), "plan", "budget.device_hours=0.1", "hardware=h100_sxm"]
+    command = [planners_python.with_name("llmtrain"), "plan", "budget.gpu_hours=100", "cluster=h100_sxm_8x"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "0.1 device-hours x 3600 s x 989.5 TFLOP/s" in done.stdout
-    assert "WHAT THE LAWS WOULD TRAIN" in done.stdout
+    assert "100 GPU-hours = 12.5 h on 8 GPUs" in done.stdout
+    assert "WHAT EVERY LAW WOULD TRAIN" in done.stdout
     assert (tmp_path / "plans/experiment/planned.yaml").is_file()
     assert (tmp_path / "plans/planned.plan.json").is_file()
+    assert (tmp_path / "plans/planned.plan.html").is_file()
 
 
 def test_nothing_else_is_installed_there(planners_python):

@@ -10,7 +10,7 @@ from llmtrain.errors import unknown_name
 
 VERBS = {
     "data": "raw text to shards of tokens: scan, decide, tokenize, pack",
-    "plan": "a compute budget to a model size, a token count and an experiment YAML",
+    "plan": "a budget to a model, tokens, a layout and a bill, and an experiment YAML",
     "train": "train, or resume, or with check_only=true find every mistake first",
     "verify": "a small copy of a training config on its layout against one process: same numbers?",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
@@ -26,6 +26,10 @@ PARTS = {
     "data trace": "from a token, or a step of a run, back to documents and files",
     "data import": "files of tokens of Megatron-LM, datatrove or OLMo to a data folder",
     "data export": "shards for Megatron-LM, datatrove or OLMo, as hard links",
+    "plan fit": "L(N, D) through own runs: coefficients, larger runs' losses, intervals",
+    "plan ladder": "the small runs that a fit needs, as a sweep of `train`, with their cost",
+    "plan calibrate": "step times and memory of own runs: the plan's constants, corrected",
+    "plan check": "a plan beside what a run measured",
     "inspect shards": "shards of tokens: what they hold, every byte checked",
     "inspect checkpoint": "a checkpoint: what it holds, who wrote it, every byte checked",
     "inspect ledger": "that a run with its restarts took every row once",

@@ -1,4 +1,4 @@
-"""`llmtrain plan`: from a compute budget to a shape, tokens, a recipe, and an experiment for `train`."""
+"""`llmtrain plan`: from a budget to a shape, tokens, a recipe and a layout, and an experiment for `train`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,32 @@ from pathlib import Path
 from llmtrain.cli.compose import run_verb, sweep_folder
 from llmtrain.errors import ConfigError
 from llmtrain.files import atomic_write
-from llmtrain.planner.config import BudgetConfig, HardwareConfig, RowsConfig, VocabularyConfig
-from llmtrain.planner.laws import DEFAULT_LAW
+from llmtrain.planner.config import (
+    BudgetConfig,
+    ChoiceConfig,
+    DataWishConfig,
+    InferenceConfig,
+    ModelWishConfig,
+)
+from llmtrain.planner.cost.cluster import ClusterConfig, resolve_cluster
+from llmtrain.planner.page import plan_page
 from llmtrain.planner.plan import make_plan, write_plan
 from llmtrain.planner.report import experiment_yaml, plan_text
 
 
 @dataclass(kw_only=True)
 class PlanRoot:
-    budget: BudgetConfig
-    hardware: HardwareConfig
-    model: VocabularyConfig = field(default_factory=VocabularyConfig)
-    data: RowsConfig = field(default_factory=RowsConfig)
+    cluster: ClusterConfig
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    model: ModelWishConfig = field(default_factory=ModelWishConfig)
+    data: DataWishConfig = field(default_factory=DataWishConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    plan: ChoiceConfig = field(default_factory=ChoiceConfig)
     name: str = "planned"
     """Of the experiment and of the run it starts."""
-    law: str = DEFAULT_LAW
-    """Which law chooses; all of them are printed."""
     out: str = "plans"
-    """Folder for experiment/<name>.yaml and <name>.plan.json: what `llmtrain train --config-dir` takes."""
+    """Folder for experiment/<name>.yaml, <name>.plan.json and <name>.plan.html; `llmtrain train --config-dir`
+    takes it."""
 
     def __post_init__(self) -> None:
         if not self.name or any(mark in self.name for mark in "/\\ ="):
@@ -41,18 +49,37 @@ def main() -> None:
 def run(cfg: PlanRoot) -> None:
     planned = make_plan(
         name=cfg.name,
-        law=cfg.law,
         budget=cfg.budget,
-        hardware=cfg.hardware,
-        vocab_size=cfg.model.vocab_size,
-        seq_len=cfg.data.seq_len,
+        model=cfg.model,
+        data=cfg.data,
+        inference=cfg.inference,
+        choice=cfg.plan,
+        cluster=resolve_cluster(cfg.cluster),
+        unique_tokens=None
+        if cfg.data.folder is None
+        else _tokens_of(Path(cfg.data.folder), cfg.data.seq_len),
     )
     out = sweep_folder() or Path(cfg.out)  # each job of a --multirun has its own folder
-    plan_path = out / f"{cfg.name}.plan.json"
+    plan_path, page_path = out / f"{cfg.name}.plan.json", out / f"{cfg.name}.plan.html"
     experiment_path = out / "experiment" / f"{cfg.name}.yaml"
+    command = (
+        f"llmtrain train --config-dir {out} +experiment={cfg.name} data.folder={cfg.data.folder or '...'}"
+    )
     write_plan(plan_path, planned.plan)
-    with atomic_write(experiment_path, "w") as handle:
-        handle.write(experiment_yaml(planned.plan, plan_path=plan_path))
+    for path, text in (
+        (experiment_path, experiment_yaml(planned.plan, plan_path=plan_path)),
+        (page_path, plan_page(planned, commands=[command])),
+    ):
+        with atomic_write(path, "w") as handle:
+            handle.write(text)
     print(plan_text(planned))
-    print(f"\nwritten: {experiment_path} and {plan_path}")
-    print(f"train it: llmtrain train --config-dir {out} +experiment={cfg.name} data.folder=...")
+    print(f"\nwritten: {experiment_path}, {plan_path} and {page_path}")
+    print(f"train it: {command}")
+
+
+def _tokens_of(folder: Path, seq_len: int) -> float:
+    """Different tokens that a run on this data folder can read."""
+    from llmtrain.data.manifest import read_manifest  # noqa: PLC0415  a login node may lack its packages
+
+    pack = read_manifest(folder).pack("train", seq_len)
+    return float(pack.num_rows * seq_len - pack.num_padding)

@@ -1,57 +1,17 @@
-"""What a device can do at most, and what part of that a training run really gets."""
+"""What this machine's cores can do at most."""
 
 from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 
 import numpy as np
-
-from llmtrain.planner.config import HardwareConfig
-from llmtrain.planner.laws import Interval
 
 GEMM_SIZES = (512, 1024, 2048)
 MEASURE_S = 0.3
 """Seconds of repeats at each size; the best one counts, since everything else a machine does only slows it
 down."""
 LEAST_REPEATS = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hardware:
-    """A device as the plan saw it; written into the plan file."""
-
-    name: str
-    peak_flops: float
-    """FLOP/s of one device, dense."""
-    peak_source: str
-    precision: str
-    utilization: Interval
-    """Model FLOPs utilization, PaLM's count: low is exceeded by about 9 runs in 10, high by 1 in 10."""
-    utilization_source: str
-    num_devices: int
-    ranks_per_device: int
-    mem_gib: float | None
-
-
-def resolve_hardware(cfg: HardwareConfig) -> Hardware:
-    """Return the device of `cfg`, measured on this machine when no peak is given."""
-    if cfg.peak_tflops is None:
-        peak_flops, source = measure_peak()
-    else:
-        peak_flops, source = cfg.peak_tflops * 1e12, cfg.peak_source
-    return Hardware(
-        name=cfg.name,
-        peak_flops=peak_flops,
-        peak_source=source,
-        precision=cfg.precision,
-        utilization=Interval(low=cfg.utilization_low, mid=cfg.utilization_mid, high=cfg.utilization_high),
-        utilization_source=cfg.utilization_source,
-        num_devices=cfg.num_devices,
-        ranks_per_device=cfg.ranks_per_device,
-        mem_gib=cfg.mem_gib,
-    )
 
 
 def measure_peak() -> tuple[float, str]:

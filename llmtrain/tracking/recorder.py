@@ -4,16 +4,24 @@ twin."""
 from __future__ import annotations
 
 import contextlib
+import statistics
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from llmtrain.errors import DiskError, LLMTrainError
+from llmtrain.planner.plan import Forecast
 from llmtrain.tracking.config import TrackingConfig, WandbMode
 from llmtrain.tracking.console import Console
 from llmtrain.tracking.metrics import MetricsFile, read_lines
 from llmtrain.tracking.wandb import WandbSink
+
+SETTLING_STEPS = 3
+"""Of an attempt: slower than the rest, and left out of what is held against a plan."""
+KEPT_STEPS = 2048
+"""The latest, of which the medians held against a plan are."""
 
 
 class Recorder(Protocol):
@@ -97,7 +105,18 @@ class RunRecorder:
         total_steps: int,
         run_name: str,
         run_config: Mapping[str, Any],
+        forecast: Forecast | None = None,
     ) -> None:
+        """
+        Args:
+            forecast: what the run's plan says about it: a `plan` record beside what was measured, at the
+                start, at every evaluation and at the end.
+        """
+        self._forecast = forecast
+        self._first_settled = start_step + 1 + SETTLING_STEPS
+        self._step_s: deque[float] = deque(maxlen=KEPT_STEPS)
+        self._peak_gib = 0.0
+        self._eval_loss: object = None
         self._replay = Replay(metrics, start_step=start_step)
         self._metrics = MetricsFile(metrics, attempt=attempt)
         self._console = Console(total_steps, start_step=start_step, log_every_steps=cfg.log_every_steps)
@@ -112,17 +131,24 @@ class RunRecorder:
                 run_config=run_config,
                 report=self._wandb_says,
             )
+        self._hold_against_plan()
 
     def step(self, step: int, **fields: object) -> None:
         self._step = step
         record = self._write("step", step, fields)
         self._console.step(record)
+        if step >= self._first_settled and isinstance(step_s := fields.get("step_s"), float):
+            self._step_s.append(step_s)
+        if isinstance(mem_gib := fields.get("mem_gib"), float):
+            self._peak_gib = max(self._peak_gib, mem_gib)
         if verdict := self._replay.compare(record):
             self.event("replayed", step, **verdict)
             self._console.event(self._replay.sentence(verdict))
 
     def evaluation(self, step: int, **fields: object) -> None:
         self._console.evaluation(self._write("eval", step, fields))
+        self._eval_loss = fields.get("eval_loss")
+        self._hold_against_plan()
 
     def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None:
         self._write("checkpoint", step, {"save_s": save_s, "wait_s": wait_s, "copy_s": copy_s})
@@ -143,6 +169,7 @@ class RunRecorder:
         try:
             if error is not None:
                 self.event("failed", self._step, error=f"{type(error).__name__}: {error}")
+            self._hold_against_plan()
             if self._wandb is not None:
                 self._wandb.finish()
         finally:
@@ -165,6 +192,32 @@ class RunRecorder:
         if self._wandb is not None:
             self._wandb.log(record)
         return record
+
+    def _hold_against_plan(self) -> None:
+        """A record of each planned interval with what was measured so far."""
+        plan = self._forecast
+        if plan is None:
+            return
+        intervals = {
+            "step_s": plan.step_s,
+            "tokens_per_s": plan.tokens_per_s,
+            "mem_gib": plan.peak_bytes.scaled(1 / 2**30),
+            "eval_loss": plan.loss,
+        }
+        fields: dict[str, object] = {
+            f"{name}_{end}": getattr(interval, end)
+            for name, interval in intervals.items()
+            for end in ("low", "mid", "high")
+        }
+        if self._step_s:
+            fields["step_s"] = statistics.median(self._step_s)
+            fields["step_s_over_plan"] = statistics.median(self._step_s) / plan.step_s.mid
+        if self._peak_gib:
+            fields["mem_gib"] = self._peak_gib
+            fields["mem_over_plan"] = self._peak_gib / intervals["mem_gib"].mid
+        if isinstance(self._eval_loss, float):
+            fields["eval_loss"] = self._eval_loss
+        self._write("plan", self._step, fields)
 
     def _wandb_says(self, text: str) -> None:
         self._console.event(f"W&B: {text}")

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtrain.planner.laws import Interval
+from llmtrain.planner.interval import Interval
+from llmtrain.tracking.metrics import Record
 from llmtrain.tracking.run_data import Attempt, RunData, as_number, median_of, present_values
 from llmtrain.units import format_bytes, format_count, format_duration
 
@@ -144,9 +145,9 @@ def evaluation_rows(run: RunData) -> list[tuple[str, str, str]]:
 
 def comparisons_of(run: RunData) -> list[Comparison]:
     """Predicted intervals beside what was measured; empty without a plan."""
-    if run.prediction is None:
+    if run.forecast is None:
         return []
-    predicted, settled = run.prediction, run.settled()
+    predicted, settled = run.forecast, run.settled()
     spent_s = sum(present_values(run.of_kind("step"), "step_s")) or None
     return [
         comparison("Step time", "median", predicted.step_s, median_of(settled, "step_s"), format_duration),
@@ -157,11 +158,18 @@ def comparisons_of(run: RunData) -> list[Comparison]:
             median_of(settled, "tokens_per_s"),
             format_count,
         ),
-        comparison("Time of all steps", "sum", predicted.total_s, spent_s, format_duration),
+        comparison("Time of all steps", "sum", predicted.train_s, spent_s, format_duration),
+        comparison("Peak memory", "of rank 0", predicted.peak_bytes, _peak_bytes(settled), format_bytes),
         comparison(
             "Held-out loss", "nats per token", predicted.loss, run.held_out_loss(), lambda nats: f"{nats:.3f}"
         ),
     ]
+
+
+def _peak_bytes(steps: list[Record]) -> float | None:
+    """Most memory that rank 0 has held, bytes."""
+    held = present_values(steps, "mem_gib")
+    return max(held) * 2**30 if held else None
 
 
 def comparison(

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import yaml
 from llmtrain.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_json
-from llmtrain.model.config import ModelConfig
-from llmtrain.planner.plan import PlanFile, Prediction, predict, read_plan
+from llmtrain.planner.plan import Forecast, PlanFile, read_plan
+from llmtrain.planner.runs import forecast_of_run
 from llmtrain.tracking.metrics import Record, attempt_begins, read_lines, standing
 
 log = logging.getLogger(__name__)
@@ -65,10 +65,10 @@ class RunData:
     manifest_note: str
     """Why there is no manifest."""
     plan: PlanFile | None
-    prediction: Prediction | None
-    """What the plan's hardware and laws say about this very run."""
+    forecast: Forecast | None
+    """What the plan's cluster and laws say about this very run."""
     plan_note: str
-    """Why there is no prediction."""
+    """Why there is no forecast."""
 
     def of_kind(self, kind: str) -> list[Record]:
         return [record for record in self.records if record["kind"] == kind]
@@ -125,14 +125,15 @@ def read_run(folder: Path) -> RunData:
     config_text, config = _read_config(folder / "config.yaml")
     records = standing(lines)
     standing_steps = {(record["step"], record["attempt"]) for record in records if record["kind"] == "step"}
-    manifest, manifest_note = _find_manifest(config, _read_facts(folder / "run.json"))
-    plan, prediction, plan_note = _find_plan(config)
+    facts = _read_facts(folder / "run.json")
+    manifest, manifest_note = _find_manifest(config, facts)
+    plan, forecast, plan_note = find_plan(config, world_size=facts[-1].get("world_size") if facts else None)
     return RunData(
         folder=folder,
         name=str((config.get("run") or {}).get("name") or folder.resolve().name),
         config=config,
         config_text=config_text,
-        attempts=attempts_of(lines, _read_facts(folder / "run.json")),
+        attempts=attempts_of(lines, facts),
         records=records,
         undone=[
             record
@@ -144,7 +145,7 @@ def read_run(folder: Path) -> RunData:
         manifest=manifest,
         manifest_note=manifest_note,
         plan=plan,
-        prediction=prediction,
+        forecast=forecast,
         plan_note=plan_note,
     )
 
@@ -239,24 +240,19 @@ def _find_manifest(config: dict[str, Any], facts: list[dict[str, Any]]) -> tuple
         return None, str(error)
 
 
-def _find_plan(config: dict[str, Any]) -> tuple[PlanFile | None, Prediction | None, str]:
+def find_plan(
+    config: Mapping[str, Any], *, world_size: int | None
+) -> tuple[PlanFile | None, Forecast | None, str]:
+    """The plan that a run's config names, what it says about this run, and why it says nothing if so."""
     given = (config.get("run") or {}).get("plan")
     if not given:
         return None, None, "No plan was given. `llmtrain plan` writes one; name it with run.plan=FILE."
     try:
         plan = read_plan(Path(given))
-        rows, seq_len = config["train"]["global_batch_rows"], config["data"]["seq_len"]
-        prediction = predict(
-            plan,
-            ModelConfig(**config["model"]),
-            seq_len=seq_len,
-            num_tokens=config["train"]["total_tokens"],
-            global_batch_tokens=rows * seq_len,
-            num_devices=plan.hardware.num_devices,
-        )
+        forecast = forecast_of_run(plan, config, world_size=world_size or plan.cluster.num_gpus)
     except (DataError, ConfigError, KeyError, TypeError) as error:
         return None, None, f"The plan {given} cannot be held against this run: {error}"
-    return plan, prediction, ""
+    return plan, forecast, ""
 
 
 def as_number(value: object) -> float | None:

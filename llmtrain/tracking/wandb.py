@@ -250,7 +250,7 @@ class _Process:
             # An offline resume counts its own steps from 0 again, so ours is the axis.
             run.define_metric("step", hidden=True)
             run.define_metric("tokens", hidden=True)
-            for pattern in ("train/*", "eval/*", "checkpoint/*"):
+            for pattern in ("train/*", "eval/*", "checkpoint/*", "plan/*"):
                 run.define_metric(pattern, step_metric="step")
             self._init_deadline = None
             return run

@@ -38,6 +38,7 @@ from llmtrain.parallel.topology import Topology
 from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
+from llmtrain.tracking.run_data import find_plan
 from llmtrain.tracking.wandb import wandb_id
 from llmtrain.train.certificate import differences
 from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train, compare_to_checkpoint
@@ -151,6 +152,8 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                     "from_manifest_sha256": reader and reader.manifest_hash,
                 },
             )
+            run_config = files.plain(cfg)
+            plan, forecast, why_not = find_plan(run_config, world_size=world_size)
             run_recorder = stack.enter_context(
                 RunRecorder(
                     cfg.tracking,
@@ -159,9 +162,12 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                     start_step=progress.step,
                     total_steps=progress.step + cfg.batch_sizes.walk(progress.position, cfg.wanted_rows)[0],
                     run_name=cfg.run.name,
-                    run_config=files.plain(cfg),
+                    run_config=run_config,
+                    forecast=forecast,
                 )
             )
+            if cfg.run.plan is not None and plan is None:
+                log.warning("%s", why_not)
             origin["code"] = {"git_commit": facts["git_commit"], "git_dirty": facts["git_dirty"]}
             origin["code"]["versions"] = facts["versions"]
             origin["attempt_id"] = facts["id"]

@@ -25,6 +25,7 @@ from llmtrain.model.size import num_params
 from llmtrain.parallel.compatibility import Layout, describe, explain, warnings
 from llmtrain.parallel.config import EngineKind
 from llmtrain.parallel.deepspeed_keys import check_extra
+from llmtrain.tracking.against_plan import against_plan
 from llmtrain.train.certificate import certificate_path, missing
 from llmtrain.train.config import Intent, TrainRoot
 from llmtrain.train.deepspeed_config import our_keys
@@ -276,10 +277,13 @@ def _check_folder(cfg: TrainRoot, folder: Path, found: Findings) -> None:
 
 
 def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings) -> None:
-    if cfg.run.plan is not None and not Path(cfg.run.plan).is_file():
-        found.problems.append(
-            f"run.plan={cfg.run.plan} is not a file; `llmtrain plan` writes one, or set it to null"
-        )
+    if cfg.run.plan is not None:
+        try:
+            plan = against_plan(Path(cfg.run.plan), files.plain(cfg))
+            found.facts += plan.facts
+            found.warnings += [f"not as planned: {each}" for each in plan.differences]
+        except DataError as error:
+            found.problems.append(f"run.plan={cfg.run.plan}: {error}; or set it to null")
     try:
         path = found.checkpoint = checkpoint_to_start_from(cfg.run, run_folder(cfg))
         if path is None:

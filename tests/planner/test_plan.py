@@ -1,88 +1,148 @@
-"""From a budget to a plan, its file, and its predictions of other runs."""
+"""From a budget to a plan, its file, and what it says about other runs."""
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from llmtrain.errors import ConfigError, DataError
-from llmtrain.model.config import ModelConfig
+from llmtrain.files import plain
 from llmtrain.model.size import flops_per_token, num_params
-from llmtrain.planner.config import BudgetConfig, HardwareConfig, RowsConfig, VocabularyConfig
-from llmtrain.planner.plan import make_plan, predict, read_plan, write_plan
+from llmtrain.planner.config import (
+    BudgetConfig,
+    ChoiceConfig,
+    DataWishConfig,
+    InferenceConfig,
+    ModelWishConfig,
+)
+from llmtrain.planner.cost.cluster import find_cluster
+from llmtrain.planner.plan import (
+    batch_multiple,
+    forecast_run,
+    make_plan,
+    padded_vocab,
+    read_plan,
+    rounded_rows,
+    write_plan,
+)
 from llmtrain.planner.report import experiment_yaml, notes, plan_text
 
 
-def device(**changes):
-    settings = {
-        "name": "h100_sxm",
-        "peak_tflops": 989.5,
-        "utilization_low": 0.25,
-        "utilization_mid": 0.4,
-        "utilization_high": 0.5,
-        "utilization_source": "a table",
+def planned(budget=None, *, nodes=2, name="trial", cluster=None, **changes):
+    sections = {
+        "model": ModelWishConfig(vocab_size=32_000),
+        "data": DataWishConfig(seq_len=2048),
+        "inference": InferenceConfig(),
+        "choice": ChoiceConfig(),
     }
-    return HardwareConfig(**(settings | changes))
-
-
-def planned(budget=None, *, law="besiroglu2024", vocab_size=32_000, seq_len=2048, name="trial", **changes):
     return make_plan(
         name=name,
-        law=law,
-        budget=budget or BudgetConfig(device_hours=1000.0),
-        hardware=device(**changes),
-        vocab_size=vocab_size,
-        seq_len=seq_len,
+        budget=budget or BudgetConfig(gpu_hours="1k"),
+        cluster=cluster or find_cluster("h100_sxm_8x", num_nodes=nodes),
+        **{**sections, **changes},
     )
 
 
-def test_device_hours_buy_peak_times_utilization():
-    plan = planned().plan
-    assert plan.budget_flops == pytest.approx(1000 * 3600 * 989.5e12 * 0.4)
-    assert "1000 device-hours x 3600 s x 989.5 TFLOP/s x 0.4 utilization" in plan.budget_text
+@pytest.fixture(scope="module")
+def whole():
+    return planned()
 
 
-def test_wall_hours_count_once_per_device_and_device_hours_do_not():
-    by_wall = planned(BudgetConfig(wall_hours=125.0), num_devices=8).plan
-    by_device = planned(BudgetConfig(device_hours=1000.0), num_devices=8).plan
-    assert by_wall.budget_flops == pytest.approx(by_device.budget_flops)
-    assert by_device.prediction.total_s.mid == pytest.approx(125 * 3600, rel=0.01)  # whole steps
+def test_gpu_hours_are_spent_with_restarts_counted(whole):
+    plan = whole.plan
+    assert plan.forecast.gpu_hours.mid == pytest.approx(1000, rel=0.02)  # whole steps
+    assert plan.forecast.total_s.mid == pytest.approx(1000 / 16 * 3600, rel=0.02)
+    assert plan.forecast.train_s.mid == pytest.approx(plan.forecast.total_s.mid * plan.cluster.goodput)
+    assert "1,000 GPU-hours = 62.5 h on 16 GPUs, of which 90% count (goodput)" in plan.budget_text
 
 
-def test_given_flops_are_the_budget():
-    assert planned(BudgetConfig(flops=1e21)).plan.budget_flops == 1e21
+def test_days_and_dollars_are_hours():
+    by_hours = planned(BudgetConfig(gpu_hours="768")).plan
+    by_days = planned(BudgetConfig(days="2")).plan
+    assert by_days.choice == by_hours.choice
+    assert planned(BudgetConfig(days="48h")).plan.choice == by_hours.choice
+    priced = find_cluster("h100_sxm_8x", num_nodes=2, price_usd_per_gpu_hour=2.5, price_date="2026-11")
+    by_usd = planned(BudgetConfig(usd="1920"), cluster=priced).plan
+    assert by_usd.choice == by_hours.choice
+    assert by_usd.forecast.usd is not None
+    assert by_usd.forecast.usd.mid == pytest.approx(1920, rel=0.02)
+    assert "$1,920 at $2.5 a GPU-hour (given, 2026-11)" in by_usd.budget_text
 
 
-@pytest.mark.parametrize("flops", [1e14, 1e17, 1e20, 1e23])
+def test_dollars_without_a_price_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"budget\.usd=50k needs a price; give cluster\.price_usd_per_gpu_hour"
+    ):
+        planned(BudgetConfig(usd="50k"))
+
+
+@pytest.mark.parametrize("flops", ["1e19", "1e21", "1e23"])
 @pytest.mark.parametrize("seq_len", [512, 8192])
-def test_the_plan_spends_its_budget_in_real_flops(flops, seq_len):
-    choice = planned(BudgetConfig(flops=flops), seq_len=seq_len).plan.choice
-    spent = choice.total_tokens * flops_per_token(choice.model, seq_len, convention="palm")
-    assert spent == pytest.approx(flops, rel=0.02)  # whole steps
-
-
-def test_the_run_takes_the_device_hours_it_was_planned_for():
-    prediction = planned().plan.prediction
-    assert prediction.total_s.mid == pytest.approx(1000 * 3600, rel=0.01)  # whole steps
-    assert prediction.total_s.low < prediction.total_s.mid < prediction.total_s.high
+def test_the_plan_spends_its_flops_with_attention_and_head_counted(flops, seq_len):
+    plan = planned(BudgetConfig(flops=flops), data=DataWishConfig(seq_len=seq_len), nodes=16).plan
+    spent = plan.choice.total_tokens * flops_per_token(plan.choice.model, seq_len, convention="palm")
+    assert spent == pytest.approx(float(flops), rel=0.02)  # whole steps
+    assert plan.budget_flops == pytest.approx(spent)
 
 
 def test_besiroglus_budget_gives_a_model_near_72b():
-    choice = planned(BudgetConfig(flops=5.76e23)).plan.choice
-    assert num_params(choice.model) == pytest.approx(72.5e9, rel=0.03)
+    plan = planned(BudgetConfig(flops="5.76e23"), nodes=64).plan
+    assert num_params(plan.choice.model) == pytest.approx(72.5e9, rel=0.05)
+
+
+def test_given_tokens_and_parameters_are_kept():
+    plan = planned(BudgetConfig(tokens="30B"), model=ModelWishConfig(vocab_size=32_000, params="1.3B")).plan
+    assert plan.choice.total_tokens == pytest.approx(30e9, rel=0.001)
+    assert num_params(plan.choice.model) == pytest.approx(1.3e9, rel=0.05)
+
+
+def test_the_layout_is_all_gpus_and_the_whole_batch(whole):
+    choice = whole.plan.choice
+    assert choice.layout.world_size == 16
+    assert choice.total_tokens == choice.num_steps * choice.global_batch_tokens
+    assert whole.plan.forecast.peak_bytes.high <= whole.plan.cluster.gpu.mem_bytes
+
+
+def test_time_and_memory_by_part_add_up(whole):
+    forecast = whole.plan.forecast
+    assert sum(forecast.time_parts.values()) == pytest.approx(forecast.step_s.mid)
+    assert max(forecast.memory_instants.values()) == pytest.approx(sum(forecast.memory_parts.values()))
+
+
+def test_runners_up_are_slower_and_say_why(whole):
+    assert whole.plan.runners_up
+    for each in whole.plan.runners_up:
+        assert each.step_s.mid >= whole.plan.forecast.step_s.mid
+        assert each.why
+
+
+def test_repeated_text_raises_the_loss():
+    budget = BudgetConfig(flops="1e22")
+    model = ModelWishConfig(vocab_size=32_000, params="3B")
+    free = planned(budget, model=model, nodes=8).plan
+    scarce = planned(budget, model=model, nodes=8, data=DataWishConfig(seq_len=2048, unique_tokens="10B"))
+    assert scarce.plan.choice.total_tokens == free.choice.total_tokens
+    assert scarce.plan.forecast.loss.mid > 1.02 * free.forecast.loss.mid
+    assert any("epochs over 1e+10 unique tokens" in note for note in notes(scarce))
+
+
+def test_no_layout_that_fits_is_an_error_that_says_what_would():
+    with pytest.raises(
+        ConfigError, match=r"legal layouts .* fits: the smallest takes up to .* cluster\.nodes="
+    ):
+        planned(BudgetConfig(tokens="1T"), nodes=1, model=ModelWishConfig(vocab_size=128_256, params="405B"))
 
 
 def test_a_budget_below_one_batch_is_refused_with_what_to_change():
-    with pytest.raises(
-        ConfigError, match=r"buys \d+ tokens, less than half of one batch of 8 rows .* raise the"
-    ):
-        planned(BudgetConfig(flops=1e9))
+    with pytest.raises(ConfigError, match=r"buys \d+ tokens, less than half of one batch of .* raise the"):
+        planned(BudgetConfig(flops="1e9"), nodes=1)
 
 
-def test_a_plan_file_is_read_back_equal(tmp_path):
-    plan = planned().plan
-    write_plan(tmp_path / "trial.plan.json", plan)
-    assert read_plan(tmp_path / "trial.plan.json") == plan
+def test_a_plan_file_is_read_back_equal(whole, tmp_path):
+    write_plan(tmp_path / "trial.plan.json", whole.plan)
+    assert plain(read_plan(tmp_path / "trial.plan.json")) == plain(whole.plan)
+    assert read_plan(tmp_path / "trial.plan.json").choice == whole.plan.choice
 
 
 def test_a_missing_plan_says_which_command_writes_one(tmp_path):
@@ -96,16 +156,16 @@ def test_a_plan_that_is_not_json_is_an_error(tmp_path):
         read_plan(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("content", ['{"format_version": 99}', "[]", "{}"])
+@pytest.mark.parametrize("content", ['{"format_version": 99}', '{"format_version": 1}', "[]", "{}"])
 def test_a_plan_of_another_version_is_an_error(tmp_path, content):
     (tmp_path / "p.json").write_text(content)
-    with pytest.raises(DataError, match=r"format_version=(99|None) and this llmtrain reads 1"):
+    with pytest.raises(DataError, match=r"format_version=(99|1|None) and this llmtrain reads 2"):
         read_plan(tmp_path / "p.json")
 
 
-@pytest.mark.parametrize("missing", ["law", "choice", "hardware", "prediction"])
-def test_a_plan_that_lacks_a_part_is_an_error(tmp_path, missing):
-    write_plan(tmp_path / "p.json", planned().plan)
+@pytest.mark.parametrize("missing", ["law", "choice", "cluster", "forecast", "runners_up"])
+def test_a_plan_that_lacks_a_part_is_an_error(whole, tmp_path, missing):
+    write_plan(tmp_path / "p.json", whole.plan)
     content = json.loads((tmp_path / "p.json").read_text())
     del content[missing]
     (tmp_path / "p.json").write_text(json.dumps(content))
@@ -113,113 +173,116 @@ def test_a_plan_that_lacks_a_part_is_an_error(tmp_path, missing):
         read_plan(tmp_path / "p.json")
 
 
-def test_a_plan_predicts_a_run_of_another_shape():
-    plan = planned().plan
-    model = ModelConfig(
-        vocab_size=8192,
-        num_layers=4,
-        d_model=256,
-        num_heads=4,
-        num_kv_heads=2,
-        ffn_width=704,
-        tie_embeddings=True,
-    )
-    found = predict(plan, model, seq_len=512, num_tokens=5_000_000, global_batch_tokens=4096, num_devices=2)
-    rate = 2 * 989.5e12 / flops_per_token(model, 512, convention="palm")
-    assert found.tokens_per_s.mid == pytest.approx(0.4 * rate)
-    assert found.step_s.low == pytest.approx(4096 / (0.5 * rate))
-    assert found.step_s.high == pytest.approx(4096 / (0.25 * rate))
-    assert found.total_s.mid == pytest.approx(5_000_000 / (0.4 * rate))
-    assert found.loss.low < found.loss.mid < found.loss.high <= math.log(8192)
+def test_a_plan_foretells_itself(whole):
+    plan = whole.plan
+    again = forecast_run(plan, plan.choice.model, plan.choice.layout, total_tokens=plan.choice.total_tokens)
+    assert again == plan.forecast
 
 
-def test_a_plan_predicts_itself():
-    plan = planned(num_devices=8).plan
-    again = predict(
-        plan,
-        plan.choice.model,
-        seq_len=plan.choice.seq_len,
-        num_tokens=plan.choice.total_tokens,
-        global_batch_tokens=plan.choice.global_batch_tokens,
-        num_devices=8,
+def test_a_plan_foretells_a_run_of_another_layout(whole):
+    plan = whole.plan
+    layout = replace(
+        plan.choice.layout, recompute="full" if plan.choice.layout.recompute == "none" else "none"
     )
-    assert again == plan.prediction
+    other = forecast_run(plan, plan.choice.model, layout, total_tokens=plan.choice.total_tokens)
+    assert other.step_s.mid != plan.forecast.step_s.mid
+    assert other.loss == plan.forecast.loss
+
+
+def test_a_run_of_other_ranks_is_not_foretold(whole):
+    plan = whole.plan
+    layout = replace(plan.choice.layout, dp=3 * plan.choice.layout.dp)
+    with pytest.raises(ConfigError, match="the run has 48 ranks and the plan's cluster 16 GPUs; plan again"):
+        forecast_run(plan, plan.choice.model, layout, total_tokens=1e9)
 
 
 def test_a_tiny_plan_says_that_its_laws_are_stretched():
-    told = " ".join(notes(planned(BudgetConfig(flops=3e13), vocab_size=8192, seq_len=512)))
-    assert "besiroglu2024 is stretched 2.2 powers of ten past the runs it was fitted to" in told
+    found = planned(
+        BudgetConfig(flops="3e13"),
+        nodes=1,
+        model=ModelWishConfig(),
+        data=DataWishConfig(),
+        choice=ChoiceConfig(),
+    )
+    told = " ".join(notes(found))
+    assert "powers of ten past the runs it was fitted to" in told
     assert "the Step Law is stretched" in told
     assert "in the embedding of 8192 tokens" in told
 
 
-def test_a_plan_inside_every_range_stays_quiet():
-    told = " ".join(notes(planned(BudgetConfig(flops=1e20))))
-    assert "stretched" not in told
-    assert "assumed" not in told
-
-
-def test_a_model_that_overflows_one_device_is_told_to_split():
-    told = " ".join(notes(planned(BudgetConfig(flops=1e23), mem_gib=74.5)))
-    assert "GiB and a device has 74: it must be split over ranks (parallel.zero_stage)" in told
-
-
-def test_assumed_utilization_is_called_assumed():
-    found = planned(utilization_source="assumed, not measured")
-    assert "assumed, not measured" in plan_text(found)
-    assert any("utilization is at least partly assumed" in note for note in notes(found))
-
-
-def test_the_printed_plan_shows_every_law_and_keeps_to_its_width():
-    text = plan_text(planned())
-    for law in ("besiroglu2024 *", "hoffmann2022_approach1", "llama3_2024_refit", "deepseek2024"):
+def test_the_printed_plan_shows_every_law_and_keeps_to_its_width(whole):
+    text = plan_text(whole)
+    for law in (
+        "besiroglu2024 *",
+        "hoffmann2022_approach1",
+        "llama3_2024_refit",
+        "deepseek2024",
+        "minicpm2024",
+    ):
         assert law in text
-    assert '"20 tokens per parameter" is one of these rows' in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_the_table_of_sizes_appears_only_where_the_law_may_speak():
-    assert "OTHER SIZES FOR THE SAME BUDGET" in plan_text(planned(BudgetConfig(flops=1e20)))
-    assert "OTHER SIZES" not in plan_text(planned(BudgetConfig(flops=1e15), vocab_size=8192, seq_len=512))
-
-
-def test_a_rank_gets_its_share_of_a_device_that_ranks_share(tmp_path):
-    text = experiment_yaml(planned(ranks_per_device=2).plan, plan_path=tmp_path / "p.json")
-    assert "device_peak_tflops: 494.75" in text
-    assert "this is one rank's share, 2 share a device" in text
-
-
-def test_budget_needs_exactly_one_form():
-    with pytest.raises(ConfigError, match=r"give exactly one of .*; got none of them"):
-        BudgetConfig()
-    with pytest.raises(ConfigError, match=r"got budget\.device_hours=1, budget\.flops=2"):
-        BudgetConfig(device_hours=1, flops=2)
-
-
-@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_budget_must_be_a_number_above_zero(value):
-    with pytest.raises(ConfigError, match=r"budget\.flops=.* must be a number above 0"):
-        BudgetConfig(flops=value)
+def test_the_experiment_holds_the_layout(whole, tmp_path):
+    text = experiment_yaml(whole.plan, plan_path=tmp_path / "p.json")
+    layout = whole.plan.choice.layout
+    for line in (f"  zero_stage: {layout.zero_stage}", f"  tp_size: {layout.tp}", "  world_size: 16"):
+        assert line in text.splitlines()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("rows", "world_size", "multiple"),
+    [(512, 16, 128), (500, 16, 64), (512, 24, 96), (6, 24, 6), (100, 1, 16), (3, 8, 4)],
+)
+def test_a_batch_is_rounded_to_what_many_layouts_divide(rows, world_size, multiple):
+    assert batch_multiple(rows, world_size=world_size) == multiple
+    assert rows / 1.5 <= rounded_rows(rows, multiple) <= rows * 1.5
+
+
+def test_vocabularies_are_padded_where_padding_is_small():
+    assert [padded_vocab(size) for size in (512, 4095, 4096, 32_000, 50_257)] == [
+        512,
+        4095,
+        4096,
+        32_000,
+        50_304,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
     [
-        ({"precision": "fp16"}, r"hardware\.precision=fp16 must be one of fp32, bf16"),
-        ({"peak_tflops": -1.0}, r"hardware\.peak_tflops=-1\.0 must be above 0, or null to measure"),
-        ({"utilization_low": 0.6}, r"need 0 < hardware\.utilization_low <= .* got 0\.6, 0\.4 and 0\.5"),
-        ({"utilization_high": 1.2}, r"utilization_high <= 1, got 0\.25, 0\.4 and 1\.2"),
-        ({"num_devices": 0}, r"hardware\.num_devices=0 must be at least 1"),
-        ({"ranks_per_device": 0}, r"hardware\.ranks_per_device=0 must be at least 1"),
+        (
+            BudgetConfig,
+            {"flops": "1e21", "days": "3"},
+            r"at most one of .*; got budget\.flops=1e21, budget\.days=3",
+        ),
+        (BudgetConfig, {"flops": "-1"}, r"budget\.flops=-1 must be a number of FLOPs above 0"),
+        (BudgetConfig, {"flops": "nan"}, r"budget\.flops=nan"),
+        (BudgetConfig, {"tokens": "7GB"}, r"budget\.tokens=7GB: 'GB' belongs to a size in bytes"),
+        (BudgetConfig, {"days": "80GiB"}, r"budget\.days=80GiB: 'GiB' belongs to a size in bytes"),
+        (ModelWishConfig, {"params": "0"}, r"model\.params=0 must be"),
+        (ModelWishConfig, {"vocab_size": 1}, r"model\.vocab_size=1 must be at least 2"),
+        (DataWishConfig, {"seq_len": 1}, r"data\.seq_len=1 must be from 2"),
+        (
+            DataWishConfig,
+            {"unique_tokens": "1B", "folder": "d"},
+            r"both say how much text there is; give one",
+        ),
+        (InferenceConfig, {"tokens": "-5"}, r"inference\.tokens=-5"),
+        (ChoiceConfig, {"schedule": "cosin"}, r"unknown plan\.schedule 'cosin'; did you mean 'cosine'"),
+        (ChoiceConfig, {"precision": "fp8"}, r"unknown plan\.precision 'fp8'"),
     ],
 )
-def test_hardware_that_cannot_be_is_refused(changes, message):
+def test_wishes_that_cannot_be_are_refused(section, settings, message):
     with pytest.raises(ConfigError, match=message):
-        device(**changes)
+        section(**settings)
 
 
-def test_vocabulary_and_rows_have_least_sizes():
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=1 must be at least 2"):
-        VocabularyConfig(vocab_size=1)
-    with pytest.raises(ConfigError, match=r"data\.seq_len=1 must be at least 2"):
-        RowsConfig(seq_len=1)
+def test_quantities_parse_as_people_type_them():
+    assert BudgetConfig(days="14").compute == ("days", 14 * 86400.0)
+    assert BudgetConfig(days="14d").compute == ("days", 14 * 86400.0)
+    assert BudgetConfig(gpu_hours="20k").compute == ("gpu_hours", 20_000.0)
+    assert BudgetConfig(tokens="300B").num_tokens == 300e9
+    assert ModelWishConfig(params="7B").num_params == 7e9
+    assert math.isclose(InferenceConfig(tokens="2T").num_tokens, 2e12)

@@ -1,10 +1,9 @@
-"""Devices: the measured one and the tables of conf/hardware."""
+"""This machine's peak, measured."""
 
 import pytest
 
 from llmtrain.planner import hardware
-from llmtrain.planner.config import HardwareConfig
-from llmtrain.planner.hardware import measure_peak, num_threads, resolve_hardware
+from llmtrain.planner.hardware import measure_peak, num_threads
 
 
 @pytest.fixture
@@ -19,14 +18,6 @@ def test_measured_peak_says_how_it_was_measured(quick_measurement):
     assert source.startswith("measured here: best of ")
     assert "sgemm of 64, 256 square" in source
     assert f"{num_threads()} threads" in source
-
-
-def test_null_peak_is_measured_and_a_given_one_is_not(quick_measurement):
-    measured = resolve_hardware(HardwareConfig(name="mine", peak_tflops=None))
-    assert measured.peak_source.startswith("measured here")
-    given = resolve_hardware(HardwareConfig(name="mine", peak_tflops=312.0))
-    assert given.peak_flops == 312e12
-    assert given.peak_source == "given on the command line"
 
 
 def test_threads_are_what_the_environment_says(monkeypatch):

@@ -15,7 +15,7 @@ import yaml
 
 from llmtrain.data.manifest import FORMAT_VERSION, Manifest, PackEntry, TokenizerEntry, write_manifest
 from llmtrain.errors import DataError
-from llmtrain.planner.laws import Interval
+from llmtrain.planner.interval import Interval
 from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import MetricsFile
 from llmtrain.tracking.report import render, write_report
@@ -128,6 +128,8 @@ def folder(tmp_path):
         "train": {
             "total_tokens": 128_000,
             "global_batch_rows": 10,
+            "micro_batch_rows": 5,
+            "precision": "fp32",
             "grad_clip": 1.0,
             "device_peak_tflops": 0.2,
             "device_peak_source": "measured",
@@ -289,22 +291,27 @@ def test_a_plan_that_is_missing_is_said(folder):
 
 
 def test_a_plan_is_held_against_the_run(folder):
-    from llmtrain.planner.config import BudgetConfig, HardwareConfig  # noqa: PLC0415  only this test plans
+    from llmtrain.planner import config  # noqa: PLC0415  only this test plans
+    from llmtrain.planner.cost.cluster import find_cluster  # noqa: PLC0415
     from llmtrain.planner.plan import make_plan, write_plan  # noqa: PLC0415
 
-    hardware = HardwareConfig(name="desk", peak_tflops=0.2, precision="fp32")
-    budget = BudgetConfig(device_hours=0.1)
     planned = make_plan(
-        name="demo", law="besiroglu2024", budget=budget, hardware=hardware, vocab_size=512, seq_len=64
+        name="demo",
+        budget=config.BudgetConfig(days="6min"),
+        model=config.ModelWishConfig(vocab_size=512),
+        data=config.DataWishConfig(seq_len=64),
+        inference=config.InferenceConfig(),
+        choice=config.ChoiceConfig(),
+        cluster=find_cluster("this_machine", gpus_per_node=2, peak_tflops=0.2),
     )
     write_plan(folder / "demo.plan.json", planned.plan)
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("plan: null", f"plan: {folder / 'demo.plan.json'}"))
     text = page_of(folder).text
     assert "No plan was given." not in text
-    for name in ("Step time", "Tokens per second", "Time of all steps", "Held-out loss"):
+    for name in ("Step time", "Tokens per second", "Time of all steps", "Peak memory", "Held-out loss"):
         assert name in text
-    assert "Plan demo on desk" in text
+    assert "Plan demo on this_machine" in text
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         ("schedule.kind=wsd", "wsd needs decay_tokens"),
         ("run.intent=resume", "there is no finished checkpoint in"),
         ("run.intent=warm_start", "warm_start needs init_from"),
-        ("run.plan=nowhere.json", "run.plan=nowhere.json is not a file"),
+        ("run.plan=nowhere.json", "run.plan=nowhere.json: no plan at nowhere.json; `llmtrain plan` writes"),
         ("data.folder=nowhere", "data folder nowhere does not exist; run `llmtrain data` first"),
         ("run.folder=/dev/null/run", "run.folder=/dev/null/run cannot be written: /dev/null is not a folder"),
         ("save.keep_last=999999999", "not enough disk space for"),
