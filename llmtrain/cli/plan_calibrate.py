@@ -69,6 +69,11 @@ def run(cfg: PlanCalibrateConfig) -> None:
         if ranks not in clusters:
             clusters[ranks] = cluster_of(cfg.cluster, ranks)
         observations.append(observation_of(data, clusters[ranks]))
+    names = [each.name for each in observations]
+    observations = [
+        each if names.count(each.name) == 1 else replace(each, name=str(data.folder))
+        for each, data in zip(observations, runs, strict=True)
+    ]
     report = calibrate(observations, program=cfg.program)
     write_calibration(Path(cfg.out), report.calibration)
     print(report_text(report))

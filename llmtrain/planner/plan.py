@@ -38,6 +38,7 @@ from llmtrain.planner.prediction import Prediction, predict
 from llmtrain.planner.recipe import Recipe, choose_recipe, step_law
 from llmtrain.planner.shape import choose_shape
 from llmtrain.planner.target import Target, Wishes, choose_target, resolve_law
+from llmtrain.units import format_flops
 
 FORMAT_VERSION = 2
 FLOPS_CONVENTION = "palm"
@@ -407,7 +408,7 @@ def _spend(question: _Question, budget: BudgetConfig) -> tuple[_Settled, str]:
         dated = f", {cluster.price_date}" if cluster.price_date else ""
         text = f"${value:,.0f} at ${price:g} a GPU-hour ({cluster.price_source or 'given'}{dated}) = "
         value /= price
-    hours = value / SECONDS_PER_HOUR / 1.0 * cluster.num_gpus if kind == "days" else value
+    hours = value / SECONDS_PER_HOUR * cluster.num_gpus if kind == "days" else value
     seconds = hours * SECONDS_PER_HOUR / cluster.num_gpus * cluster.goodput
     peak = cluster.gpu.peak(question.precision) * cluster.num_gpus
     flops = peak * FIRST_UTILIZATION * seconds
@@ -423,12 +424,16 @@ def _spend(question: _Question, budget: BudgetConfig) -> tuple[_Settled, str]:
         settled = question.settle(flops)
     utilization = flops / (peak * seconds)
     text += (
-        f"{hours:,.4g} GPU-hours = {seconds / cluster.goodput / SECONDS_PER_HOUR:,.4g} h on "
-        f"{cluster.num_gpus} GPUs, "
-        f"of which {cluster.goodput:.0%} count (goodput), x {peak / 1e12:,.4g} TFLOP/s x {utilization:.1%} "
-        f"utilization = {flops:.3g} FLOPs"
+        f"{_hours(hours)} GPU-hours = {_hours(hours / cluster.num_gpus)} h on {cluster.num_gpus} GPUs, of "
+        "which "
+        f"{cluster.goodput:.0%} count (goodput), x {format_flops(peak)} x {utilization:.1%} utilization = "
+        f"{flops:.3g} FLOPs"
     )
     return settled, text
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 1000 else f"{hours:.4g}"
 
 
 def _choice(settled: _Settled, schedule: str) -> Choice:

@@ -203,9 +203,18 @@ def test_the_table_shows_before_after_and_left_out(tmp_path):
 def test_the_verb_reads_runs_and_writes_a_file_that_can_be_read(tmp_path):
     write_run(tmp_path / "runs" / "a", step_s=0.5)
     write_run(tmp_path / "runs" / "b", step_s=0.52)
+    for copy in ("c", "d"):
+        write_run(tmp_path / "runs" / copy, step_s=0.51, name="same")
     done = subprocess.run(
         [
-            *[sys.executable, "-m", "llmtrain.cli.main", "plan", "calibrate", "runs=[runs/a,runs/b]"],
+            *[
+                sys.executable,
+                "-m",
+                "llmtrain.cli.main",
+                "plan",
+                "calibrate",
+                "runs=[runs/a,runs/b,runs/c,runs/d]",
+            ],
             *["cluster=h100_sxm_8x", "out=c.json", "program=megatron"],
         ],
         cwd=tmp_path,
@@ -216,7 +225,7 @@ def test_the_verb_reads_runs_and_writes_a_file_that_can_be_read(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "written: c.json; use it: llmtrain plan plan.calibration=c.json" in done.stdout
-    assert read_calibration(tmp_path / "c.json").runs == ("a", "b")
+    assert read_calibration(tmp_path / "c.json").runs == ("a", "b", "runs/c", "runs/d")
 
 
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):

@@ -270,11 +270,11 @@ def import_s(statement: str) -> tuple[float, str]:
     return min(float(run[0]) for run in runs), " ".join(runs[0][1:])
 
 
-def test_the_import_takes_less_than_a_fifth_of_a_second_and_needs_numpy_alone() -> None:
+def test_the_import_takes_a_few_times_what_numpy_takes_and_needs_numpy_alone() -> None:
     took, heavy = import_s("from llmtrain.planner import predict")
     numpy_alone, _ = import_s("import numpy")
     assert heavy == ""
-    assert took < max(0.2, 2.5 * numpy_alone)  # on a busy machine numpy alone may take that long
+    assert took < 4 * numpy_alone  # `llmtrain bench planner` has the seconds
 
 
 def test_configurations_of_the_planner_load_without_numpy() -> None:

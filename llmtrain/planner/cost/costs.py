@@ -65,7 +65,8 @@ def find_costs(
 
 def _memory_program(program: str, *, precision: str, device: str) -> MemoryProgram:
     if program == "llmtrain":  # fp16 keeps as many bytes as bf16
-        return memory_programs.llmtrain(precision="fp32" if precision == "fp32" else "bf16", device=device)
+        precision = "fp32" if precision == "fp32" else "bf16"
+        return memory_programs.llmtrain(precision=precision, device=device, is_resident=device == "cpu")
     if program == "megatron_plain":
         return memory_programs.MEGATRON
     if program == "megatron_deepspeed":

@@ -143,6 +143,9 @@ class MemoryProgram:
     bucket: FourStages = (0.0, 0.0, 0.0, 0.0)
     """By ZeRO stage: bytes of a bucket that gradients are reduced in, from the first backward pass to the
     update, but not at the reduction itself."""
+    counts_written_pages: bool = False
+    """Whether a bucket counts only up to the weights that go through it: a page of a CPU's memory that nobody
+    wrote takes none."""
     filling_bucket: FourStages = (0.0, 0.0, 0.0, 0.0)
     """By ZeRO stage: bytes of a bucket that is there in the backward pass and the reduction alone."""
     pipe_buffers: tuple[float, float, float] = (2.0, 2.0, 2.0)
@@ -456,8 +459,9 @@ class _Shared:
         before = np.where(c.grad_accum > 1, gradients, before)
         workspace = p.workspace_bytes + p.expert_workspace_bytes * (num_routed > 0)
         buffers, on_the_way = self._buffers(place, held, num_dense, num_routed, common + experts)
-        bucket = buffers + _of_stage(p.bucket, c)
-        on_the_way = on_the_way + _of_stage(p.filling_bucket, c)
+        most = p.element_bytes * (common + experts) if p.counts_written_pages else np.inf
+        bucket = buffers + np.minimum(_of_stage(p.bucket, c), most)
+        on_the_way = on_the_way + np.minimum(_of_stage(p.filling_bucket, c), most)
         zero = np.zeros(len(c))
         # One column an instant, with two of `backward`: at the head, and inside a block.
         moving = {

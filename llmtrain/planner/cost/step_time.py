@@ -88,6 +88,8 @@ class Software:
     """Moved a logit by the loss, forward and backward; about 10 when it is one kernel."""
     grad_bytes: float = 2.0
     """Of a gradient on the wire."""
+    all_reduces: bool = False
+    """Whether gradients are all-reduced at ZeRO 1 and 2, too, and not reduce-scattered."""
     dp_overlap: float = 0.0
     """Share of a step's computation behind which gradients (ZeRO 3: weights, too) are sent."""
     tp_overlap: float = 0.0
@@ -126,6 +128,9 @@ class Constants:
     """Of runs on more than one node."""
     fixed_s: float = 2e-3
     """A step: what does not grow with anything."""
+    gradient_bytes: float = 0.0
+    """Moved a weight of a rank by what handles gradients beside the optimizer: into buckets, norm, clipping,
+    flat copies and back; once a step, from ZeRO 2 on in every micro batch."""
     call_s: float = collectives.CALL_S
     """Start of a collective."""
     is_synchronous: bool = False
@@ -209,7 +214,8 @@ def step_time(c: Candidates, software: Software, k: Constants) -> StepTime:
     block = gpu_forward + launch_forward + gpu_backward + launch_backward + again
     window = num_layers * (block + tp_block) + loss
     owned = np.where(c.zero_stage >= 1, c.dp * c.cp, 1.0)
-    state_bytes = OPTIMIZER_BYTES * rank_params(c) / owned
+    reductions = np.where(c.zero_stage >= 2, m, 1.0)
+    state_bytes = (OPTIMIZER_BYTES / owned + k.gradient_bytes * reductions) * rank_params(c)
     parts = {
         "products": passes * (products + products_backward),
         "attention": passes * (attention + attention_backward),
@@ -450,6 +456,8 @@ def _dp_s(
     contention = k.contention * collectives.ring_bytes_s(links, size=size, stride=stride) / links.link_bytes_s
     hides = software.dp_overlap * window
     scattered = collectives.all_gather_s(gradient_bytes, links, size=size, stride=stride)
+    if software.all_reduces:
+        scattered = scattered * np.where((c.zero_stage == 1) | (c.zero_stage == 2), 2.0, 1.0)
     found = np.zeros(len(c))
     for stage in (0, 1, 2, 3):
         here = c.zero_stage == stage
