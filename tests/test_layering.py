@@ -85,7 +85,18 @@ NO_TORCH_FILES = {
 }
 MAY_HOLD_CODE = {"__init__.py", "planner/__init__.py"}
 """The version; and `llmtrain.planner.predict`, which others call, found when it is asked for."""
-LIGHT_VERBS = {"cli.plan", "cli.data", "cli.report", "cli.train", "cli.verify", "cli.main", "cli.compose"}
+LIGHT_VERBS = {
+    "cli.plan",
+    "cli.data",
+    "cli.report",
+    "cli.status",
+    "cli.watch",
+    "cli.tensorboard",
+    "cli.train",
+    "cli.verify",
+    "cli.main",
+    "cli.compose",
+}
 """Verbs that login and CPU nodes run; `train` among them for check_only=true."""
 
 

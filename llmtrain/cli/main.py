@@ -19,6 +19,9 @@ VERBS = {
     "checkpoint": "checkpoints to other checkpoints: in other files, averaged, compared, converted",
     "inspect": "what shards, a checkpoint or a run's ledger hold, and whether it is whole",
     "report": "one self-contained report.html of a run or a data folder",
+    "status": "the runs of a folder: state, step, loss, rate, time left, goodput",
+    "watch": "one run in the terminal, as it goes: curves and events",
+    "tensorboard": "a run's curves as files for TensorBoard, followed while it goes",
     "bench": "measure ourselves against the limit or a rival",
 }
 PARTS = {

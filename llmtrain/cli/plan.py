@@ -16,8 +16,9 @@ from llmtrain.planner.config import (
     ModelWishConfig,
 )
 from llmtrain.planner.cost.cluster import ClusterConfig, resolve_cluster
+from llmtrain.planner.make import make_plan
 from llmtrain.planner.page import plan_page
-from llmtrain.planner.plan import make_plan, write_plan
+from llmtrain.planner.plan import write_plan
 from llmtrain.planner.report import experiment_yaml, plan_text
 
 
@@ -65,16 +66,25 @@ def run(cfg: PlanRoot) -> None:
     command = (
         f"llmtrain train --config-dir {out} +experiment={cfg.name} data.folder={cfg.data.folder or '...'}"
     )
-    write_plan(plan_path, planned.plan)
-    for path, text in (
-        (experiment_path, experiment_yaml(planned.plan, plan_path=plan_path)),
-        (page_path, plan_page(planned, commands=[command])),
-    ):
-        with atomic_write(path, "w") as handle:
-            handle.write(text)
+    is_ours = cfg.plan.program == "llmtrain"
+    files = {page_path: plan_page(planned, commands=[command] if is_ours else [])}
+    if is_ours:
+        files = {experiment_path: experiment_yaml(planned.plan, plan_path=plan_path), **files}
+    try:
+        write_plan(plan_path, planned.plan)
+        for path, text in files.items():
+            with atomic_write(path, "w") as handle:
+                handle.write(text)
+    except OSError as error:
+        raise ConfigError(
+            f"out={cfg.out} cannot be written: {error.strerror}; give another folder"
+        ) from error
     print(plan_text(planned))
-    print(f"\nwritten: {experiment_path}, {plan_path} and {page_path}")
-    print(f"train it: {command}")
+    print(f"\nwritten: {', '.join(map(str, [*files, plan_path]))}")
+    if is_ours:
+        print(f"train it: {command}")
+    else:
+        print(f"no experiment was written: the plan is for {cfg.plan.program}, which `llmtrain train` is not")
 
 
 def _tokens_of(folder: Path, seq_len: int) -> float:

@@ -40,7 +40,8 @@ def show(cfg: PlanCheckConfig) -> None:
     if cfg.plan is not None:
         run = _held_against(run, cfg.plan)
     if run.plan is None or run.forecast is None:
-        raise DataError(f"{run.plan_note} Or give plan=FILE")
+        mend = "" if cfg.plan is not None else "; or give plan=FILE"
+        raise DataError(f"{run.plan_note.rstrip('.')}{mend}")
     rows = comparisons_of(run)
     other = differences(run.plan, run.config, world_size=_world_size(run))
     if cfg.format is OutputFormat.json:

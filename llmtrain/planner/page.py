@@ -24,6 +24,7 @@ from llmtrain.planner.loss.laws import (
     parametric_loss,
 )
 from llmtrain.planner.loss.repetition import repeated
+from llmtrain.planner.make import Planned
 from llmtrain.planner.page_style import STYLE
 from llmtrain.planner.page_tables import (
     card,
@@ -60,7 +61,7 @@ from llmtrain.planner.pictures import (
     valleys,
     whole,
 )
-from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile, Planned
+from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile
 from llmtrain.planner.report import notes
 from llmtrain.units import format_bytes, format_count
 

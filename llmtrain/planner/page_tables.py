@@ -14,7 +14,8 @@ from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.inference import over_training
 from llmtrain.planner.loss.laws import FLOPS_PER_PARAM_TOKEN, LAWS, Band, Parametric, find_law
 from llmtrain.planner.loss.repetition import notes as repetition_notes
-from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile, Planned
+from llmtrain.planner.make import Planned
+from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile
 from llmtrain.planner.recipe import DEEPSEEK, STEP_LAW, Lengths
 from llmtrain.units import format_bytes, format_count, format_duration, format_flops
 

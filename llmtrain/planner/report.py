@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from llmtrain.files import plain
 from llmtrain.model.size import flops_per_token, num_params, num_params_by_part
+from llmtrain.planner.config import DataWishConfig
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.layouts import describe
 from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.inference import over_training
 from llmtrain.planner.loss.laws import DEFAULT_LAW, TEXT_FACTOR, Band, Parametric, band, find_law
-from llmtrain.planner.loss.repetition import CHEAP_EPOCHS
+from llmtrain.planner.loss.repetition import CHEAP_EPOCHS, Repeated, repeated
 from llmtrain.planner.loss.repetition import notes as repetition_notes
-from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile, Planned
+from llmtrain.planner.make import Planned
+from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile
 from llmtrain.planner.recipe import DEEPSEEK, STEP_LAW
 from llmtrain.planner.shape import ASPECT_HIGH, ASPECT_LOW
 from llmtrain.units import format_bytes, format_count, format_duration, format_flops
@@ -29,6 +33,7 @@ CHECKS_PER_RUN = 10
 """Evaluations and checkpoints that the experiment asks for."""
 BAR = 40
 """Characters of the longest bar."""
+DEFAULT_SEQ_LEN = DataWishConfig().seq_len
 LEAST_SHARE = 0.005
 """Parts below it are summed as "rest"."""
 
@@ -93,6 +98,19 @@ def notes(planned: Planned) -> list[str]:
             f"no law was fitted near this run: the nearest, {forecast.loss_law}, ends "
             f"{forecast.loss_decades_outside:.1f} powers of ten away. The loss interval is wide on purpose."
         )
+    if forecast.peak_bytes.high > plan.cluster.gpu.mem_bytes:
+        found.append(
+            f"memory may not suffice: 1 run in 10 takes more than {format_bytes(forecast.peak_bytes.high)} "
+            "of "
+            f"{format_bytes(plan.cluster.gpu.mem_bytes)}, so far from the calibrated runs; try a step before "
+            "you plan on it."
+        )
+    if plan.choice.seq_len == DEFAULT_SEQ_LEN and num_params(model) > 1e9:
+        found.append(
+            f"rows of data.seq_len={DEFAULT_SEQ_LEN} tokens and a vocabulary of {model.vocab_size} are this "
+            "verb's "
+            "defaults, made for small models: give yours."
+        )
     found.append(f"times: {forecast.constants_from}.")
     if plan.calibration is None:
         found.append(
@@ -100,8 +118,9 @@ def notes(planned: Planned) -> list[str]:
             "run=FOLDER`, and "
             "plan again with plan.calibration=calibration.json."
         )
-    if planned.target.repeated is not None:
-        found += repetition_notes(planned.target.repeated)
+    repeats = _repeats(planned)
+    if repeats is not None:
+        found += repetition_notes(repeats)
     elif plan.unique_tokens is None:
         found.append(
             f"the run reads {format_count(plan.choice.total_tokens)} tokens: have at least 1 / "
@@ -133,15 +152,10 @@ def experiment_yaml(plan: PlanFile, *, plan_path: Path) -> str:
         f"  name: {json.dumps(plan.name)}",
         f"  plan: {json.dumps(str(plan_path))}",
         "model:",
-        f"  vocab_size: {model.vocab_size}",
-        f"  num_layers: {model.num_layers}",
-        f"  d_model: {model.d_model}",
-        f"  num_heads: {model.num_heads}",
-        f"  num_kv_heads: {model.num_kv_heads}",
-        f"  ffn_width: {model.ffn_width}",
-        f"  tie_embeddings: {json.dumps(model.tie_embeddings)}",
+        *(f"  {key}: {_yaml(value)}" for key, value in plain(model).items()),
         "data:",
         f"  seq_len: {choice.seq_len}",
+        *([f"  max_epochs: {_max_epochs(plan):g}"] if plan.unique_tokens is not None else []),
         "train:",
         f"  total_tokens: {choice.total_tokens}",
         f"  global_batch_rows: {choice.global_batch_rows}",
@@ -173,9 +187,44 @@ def experiment_yaml(plan: PlanFile, *, plan_path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _yaml(value: object) -> str:
+    """A number, a word, a truth or null; a float with a dot, without which YAML 1.1 reads 1e-05 as a word."""
+    if isinstance(value, float) and "e" in repr(value) and "." not in repr(value):
+        return repr(value).replace("e", ".0e")
+    return json.dumps(value)
+
+
+def _max_epochs(plan: PlanFile) -> float:
+    """What `train` must allow: the readings, with a little room for what packing and held-out text take."""
+    assert plan.unique_tokens is not None, "asked for only with a limit"
+    return max(4.0, math.ceil(1.1 * plan.choice.total_tokens / plan.unique_tokens))
+
+
 def _context(num_heads: int, layout: Layout) -> str:
     """Over heads where they divide, for that runs fused kernels; else a ring of positions."""
     return "heads" if num_heads // layout.tp % layout.cp == 0 else "sequence"
+
+
+def _repeats(planned: Planned) -> Repeated | None:
+    """Of the run as it will be, whose tokens are not quite the target's."""
+    plan, unique = planned.plan, planned.plan.unique_tokens
+    if unique is None or unique >= plan.choice.total_tokens:
+        return None
+    return repeated(
+        _form(planned)[0],
+        num_params=num_params(plan.choice.model),
+        num_tokens=plan.choice.total_tokens,
+        unique_tokens=unique,
+    )
+
+
+def _form(planned: Planned) -> tuple[Parametric, str]:
+    """The loss of the plan's law, or of the default where it has none; and whose it is."""
+    for name in (planned.plan.law, DEFAULT_LAW):
+        form = find_law(name).form
+        if isinstance(form, Parametric):
+            return form, name
+    raise AssertionError("the default law has a loss")
 
 
 # -- blocks of the page
@@ -375,11 +424,7 @@ def _sensitivity(plan: PlanFile) -> list[str]:
 
 
 def _over_training(planned: Planned) -> list[str]:
-    form = find_law(planned.plan.law).form
-    by = planned.plan.law
-    if not isinstance(form, Parametric):
-        form, by = find_law(DEFAULT_LAW).form, DEFAULT_LAW
-    assert isinstance(form, Parametric), "the default law has a loss"
+    form, by = _form(planned)
     rows: list[tuple[str, ...]] = [
         ("tokens/param", "parameters", "tokens", "training FLOPs", "a served token", "loss of the same FLOPs")
     ]

@@ -12,7 +12,8 @@ from llmtrain.model.size import num_params
 from llmtrain.parallel.config import ParallelConfig
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.layouts import describe
-from llmtrain.planner.plan import Forecast, PlanFile, forecast_run
+from llmtrain.planner.forecast import forecast_run
+from llmtrain.planner.plan import Forecast, PlanFile
 from llmtrain.units import format_count
 
 Config = Mapping[str, Any]
@@ -40,6 +41,11 @@ def layout_of(config: Config, *, world_size: int) -> Layout:
         raise ConfigError(
             f"train.global_batch_rows={train['global_batch_rows']} is not a multiple of dp * "
             f"train.micro_batch_rows = {dp} * {train['micro_batch_rows']}"
+        )
+    if train.get("recompute_every", 0) > 1:
+        raise ConfigError(
+            f"train.recompute_every={train['recompute_every']}: the planner knows recomputation of every "
+            "block, or none"
         )
     schedule = parallel["pp_schedule"] if parallel["pp_size"] > 1 else "one_f_one_b"
     return Layout(
@@ -101,6 +107,12 @@ def differences(plan: PlanFile, config: Config, *, world_size: int | None) -> li
         "train.precision": (train["precision"], plan.precision),
         "schedule.kind": (config["schedule"]["kind"], choice.schedule),
         "schedule.warmup_tokens": (config["schedule"]["warmup_tokens"], choice.warmup_tokens),
+        "schedule.decay_tokens": (
+            config["schedule"].get("decay_tokens"),
+            choice.decay_tokens if choice.schedule == "wsd" else None,
+        ),
+        "optimizer.kind": (config["optimizer"].get("kind", "adamw"), "adamw"),
+        "parallel.engine": (_parallel(config)["engine"], "deepspeed"),
     }
     found += [
         f"{name}={ours}, and the plan has {theirs}"

@@ -201,7 +201,7 @@ class RunRecorder:
         intervals = {
             "step_s": plan.step_s,
             "tokens_per_s": plan.tokens_per_s,
-            "mem_gib": plan.peak_bytes.scaled(1 / 2**30),
+            "mem_gib": plan.recorded_bytes.scaled(1 / 2**30),
             "eval_loss": plan.loss,
         }
         fields: dict[str, object] = {

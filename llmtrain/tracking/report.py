@@ -16,6 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from llmtrain.files import atomic_write
+from llmtrain.tracking.operations import operations_of
 from llmtrain.tracking.report_curves import loss_chart, small_charts, smoothed_steps
 from llmtrain.tracking.report_tables import (
     attempt_row,
@@ -101,6 +102,7 @@ def render(run: RunData) -> str:
         funnel_notes=funnel_notes(run),
         comparisons=comparisons_of(run),
         evaluation=evaluation_rows(run),
+        operations=operations_of(run),
         attempts=[attempt_row(run, attempt) for attempt in run.attempts],
         samples=[sample_of(sample) for sample in run.samples[-MAX_SAMPLES:]],
         versions=versions_of(run),

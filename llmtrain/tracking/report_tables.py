@@ -159,7 +159,7 @@ def comparisons_of(run: RunData) -> list[Comparison]:
             format_count,
         ),
         comparison("Time of all steps", "sum", predicted.train_s, spent_s, format_duration),
-        comparison("Peak memory", "of rank 0", predicted.peak_bytes, _peak_bytes(settled), format_bytes),
+        comparison("Peak memory", "of rank 0", predicted.recorded_bytes, _peak_bytes(settled), format_bytes),
         comparison(
             "Held-out loss", "nats per token", predicted.loss, run.held_out_loss(), lambda nats: f"{nats:.3f}"
         ),

@@ -38,8 +38,7 @@ def test_shipped_constants_are_those_of_a_new_fit(results, key):
         new, old = getattr(fitted.constants, each.name), getattr(shipped.constants, each.name)
         assert old == pytest.approx(new, rel=1e-3), each.name
     assert shipped.num_rows == len(fitted.errors)
-    for name, span in fitted.ranges.items():
-        assert shipped.ranges.get(name, (1, 1)) == span
+    assert dict(shipped.ranges) == fitted.ranges
 
 
 @pytest.mark.parametrize("key", STUDY_KEYS)
@@ -307,6 +306,29 @@ def test_llmtrain_says_that_it_was_not_measured():
         assert found.num_rows == 0
         assert "not measured" in found.source
     assert programs.find_program("llmtrain").on("this_machine").constants.is_synchronous
+
+
+def test_llmtrains_attention_computes_masked_keys():
+    """Less than half of a kernel's that skips them."""
+    llmtrain, foundry = programs.find_program("llmtrain"), programs.find_program("llm_foundry")
+    masked = llmtrain.on("a100_sxm_80gb").constants.attention_efficiency
+    assert masked == pytest.approx(0.35 * foundry.on("a100_sxm_80gb").constants.attention_efficiency)
+    assert llmtrain.does().context == "heads"
+
+
+def test_experts_that_no_row_had_have_the_widest_interval():
+    guess = (1.5 * programs.GUESS_LOW, 1.5 * programs.GUESS_HIGH)
+    for name in ("llm_foundry", "torchtitan"):
+        found = programs.find_program(name).on("h100_sxm", has_experts=True)
+        assert (found.log_low, found.log_high) == guess
+    cpu = programs.find_program("llmtrain").on("this_machine")
+    assert programs.find_program("llmtrain").on("this_machine", has_experts=True).log_high >= cpu.log_high
+
+
+def test_guesses_are_as_far_away_as_the_rows_they_are_from():
+    foundry = programs.find_program("llm_foundry")
+    assert foundry.on("v100_sxm_32gb").ranges == foundry.on("a100_sxm_80gb").ranges
+    assert programs.find_program("llmtrain").on("h100_sxm").ranges["world_size"] == (8, 64)
 
 
 def test_precision_and_compiling_change_what_a_program_does():

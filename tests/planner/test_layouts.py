@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,12 @@ from llmtrain.parallel.compatibility import Layout as TrainedLayout
 from llmtrain.parallel.config import ContextKind, EngineKind, PipelineSchedule
 from llmtrain.planner.cost import architecture, cluster, layout, layouts
 from llmtrain.planner.cost.architecture import Architecture, build, find_model
-from llmtrain.planner.cost.candidates import DEFAULTS, NO_RECOMPUTE, candidates
+from llmtrain.planner.cost.candidates import DEFAULTS, FULL, NO_RECOMPUTE, candidates
 from llmtrain.planner.cost.cluster import Cluster, Gpu, find_cluster
 from llmtrain.planner.cost.costs import PARTS, find_costs
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.layouts import CAUSES, describe, rank, search, sensitivity
-from llmtrain.planner.cost.legality import Limits, divisors
+from llmtrain.planner.cost.legality import Grid, Limits, divisors
 from llmtrain.planner.cost.memory import memory
 from llmtrain.planner.cost.problem import Columns, Problem
 from llmtrain.planner.cost.step_time import step_time
@@ -85,7 +86,7 @@ def legal_one_by_one(
         if world_size % (pp * dp * cp) == 0
     ]
     settings = product(
-        axes, range(4), (1, 2, 3, 4), layout.RECOMPUTES, (False, True), PipelineSchedule, ContextKind
+        axes, range(4), range(1, 8), layout.RECOMPUTES, (False, True), PipelineSchedule, ContextKind
     )
     for (pp, dp, cp, tp), zero_stage, micro_batch, recompute, is_shared, schedule, context in settings:
         has_heads = sizes["num_heads"] // tp % cp == 0
@@ -165,8 +166,9 @@ def cost_alone(arch: Architecture, where: Cluster, laid_out: Layout) -> tuple[fl
             24,
         ),
         (build("gpt2", "small_gpt2", positions=1024, **GPT2_SIZES), nodes(1, 4), 1024, 16),
+        (llama(num_layers=2), nodes(1, 4), 1024, 420),
     ],
-    ids=["llama_8", "llama_6", "gpt2_4"],
+    ids=["llama_8", "llama_6", "gpt2_4", "rows_of_many_divisors"],
 )
 def test_the_search_agrees_with_a_loop_over_all_layouts(
     arch: Architecture, where: Cluster, seq_len: int, rows: int
@@ -180,7 +182,7 @@ def test_the_search_agrees_with_a_loop_over_all_layouts(
     in_order = sorted(fitting.values())
 
     found = search(
-        arch, where, seq_len=seq_len, global_batch_rows=rows, limits=Limits(max_micro_batch_rows=4), most=20
+        arch, where, seq_len=seq_len, global_batch_rows=rows, limits=Limits(max_micro_batch_rows=7), most=20
     )
     assert found.num_legal == len(legal)
     assert found.num_fitting == len(fitting)
@@ -213,6 +215,41 @@ def test_the_quick_bound_is_never_above_the_peak(program: str, model: str) -> No
     assert np.median(least / peak) > (0.01 if has_experts else 0.2)
 
 
+@pytest.mark.parametrize(
+    ("program", "model", "rows"),
+    [
+        *product(PROGRAMS, ["llama3_8b"], [192, 280]),
+        *product(("megatron", "torchtitan"), ["mixtral_8x7b", "deepseek_v3"], [192, 3840]),
+        ("megatron_deepspeed", "gpt3_6_7b", 192),
+        ("llm_foundry", "gpt3_6_7b", 192),
+    ],
+)
+def test_layouts_that_are_not_looked_at_do_not_fit(
+    program: str, model: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtrain.planner.cost.problem.ROWS_AT_ONCE", 64)  # as many turns as sizes
+    problem = Problem(
+        arch=find_model(model), cluster=nodes(8, 8), seq_len=2048, global_batch_rows=rows, program=program
+    )
+    g = problem.enumerate()
+    g = g.rows(np.sort(np.random.default_rng(3).permutation(len(g))[:20_000]))
+    columns = Columns(problem)
+    every = columns.peak_bytes(g)
+    for usable in np.quantile(every, [0.02, 0.3, 0.8]):
+        columns.usable_bytes = float(usable)
+        assert np.array_equal(columns.fitting_bytes(g), np.where(every <= usable, every, np.inf))
+
+
+def test_224_rows_on_8_gpus_take_28_at_once_where_memory_allows() -> None:
+    found = search(
+        llama(), nodes(1, 8), seq_len=512, global_batch_rows=224, limits=Limits(max_tp=1, max_pp=1)
+    )
+    at_once = {
+        each.layout.micro_batch_rows for each in (*found.ranking, *found.variants) if each.layout.dp == 8
+    }
+    assert at_once == {1, 2, 4, 7, 14, 28}
+
+
 # -- what it says
 
 
@@ -238,7 +275,7 @@ def test_lists_are_in_order_and_fit(found: layouts.Ranked) -> None:
 
 
 def test_parts_add_up(found: layouts.Ranked) -> None:
-    for each in (*found.ranking, *found.too_large):
+    for each in (*found.ranking, *found.variants):
         assert sum(each.time.values()) == pytest.approx(each.step_s.mid)
         assert sum(each.memory.values()) <= each.peak_bytes.mid
         assert each.step_s.low < each.step_s.mid < each.step_s.high
@@ -297,21 +334,6 @@ def test_one_setting_differs_in_each_variant_and_those_that_do_not_fit_say_why(f
             assert f"of which {largest} " in each.reason
 
 
-def test_layouts_that_are_faster_but_too_large_are_both() -> None:
-    tight = search(
-        find_model("llama3_8b"),
-        nodes(2, 8, mem_gib=40),
-        seq_len=8192,
-        global_batch_rows=128,
-        program="megatron",
-    )
-    assert tight.too_large
-    for each in tight.too_large:
-        assert each.step_s.mid < tight.best.step_s.mid
-        assert each.peak_bytes.high > 40 * GIB
-        assert each.reason.startswith("does not fit")
-
-
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -340,10 +362,13 @@ def test_seven_gpus_that_nothing_divides_are_refused_with_sizes_that_work() -> N
     with pytest.raises(ConfigError, match="no legal layout of small on 7 GPUs") as raised:
         search(arch, nodes(7, 1), seq_len=4096, global_batch_rows=32)
     message = str(raised.value)
-    named = re.search(r"global_batch_rows=(\d+) or (\d+), or cluster.nodes=(\d+)", message)
+    named = re.search(
+        r"plan.global_batch_tokens=(\d+) \((\d+) rows\) or (\d+) \((\d+) rows\), or cluster.nodes=(\d+)",
+        message,
+    )
     assert named is not None, message
-    assert named.groups() == ("28", "35", "8")
-    for rows in named.groups()[:2]:
+    assert named.groups() == (str(28 * 4096), "28", str(35 * 4096), "35", "8")
+    for rows in named.groups()[1:4:2]:
         assert search(arch, nodes(7, 1), seq_len=4096, global_batch_rows=int(rows)).best.layout.dp == 7
     assert search(arch, nodes(8, 1), seq_len=4096, global_batch_rows=32).num_legal
 
@@ -359,13 +384,21 @@ def test_limits_that_leave_nothing_are_named() -> None:
         )
 
 
+def test_a_batch_of_one_row_is_not_one_of_1_rows() -> None:
+    limits = Limits(max_tp=1, max_pp=1, max_cp=1)
+    with pytest.raises(ConfigError, match="with a batch of 1 row of 4096 tokens: no pp") as raised:
+        search(llama(), nodes(1, 8), seq_len=4096, global_batch_rows=1, limits=limits)
+    assert re.search(r"plan.global_batch_tokens=(\d+) \((\d+) rows\)", str(raised.value))
+    assert "1 rows" not in str(raised.value)
+
+
 def test_a_model_that_fits_nowhere_is_refused_with_the_term_and_the_smallest_change() -> None:
     arch = find_model("llama3_70b")
     refused = r"none of [\d,]+ legal layouts of llama3_70b on 8 h100_sxm fits"
     with pytest.raises(ConfigError, match=refused) as raised:
         search(arch, nodes(1, 8), seq_len=8192, global_batch_rows=64)
     message = str(raised.value)
-    assert "for its optimizer are " in message
+    assert ", of which optimizer " in message
     named = re.search(r"cluster.nodes=(\d+) \((\d+) GPUs\)", message)
     assert named is not None, message
     enough = int(named.group(1))
@@ -373,6 +406,77 @@ def test_a_model_that_fits_nowhere_is_refused_with_the_term_and_the_smallest_cha
     assert search(arch, nodes(enough, 8), seq_len=8192, global_batch_rows=64).num_fitting
     with pytest.raises(ConfigError, match="fits"):
         search(arch, nodes(enough - 1, 8), seq_len=8192, global_batch_rows=64)
+
+
+def test_the_only_legal_layout_is_said_to_be() -> None:
+    limits = Limits(recomputes=(FULL,), zero_stages=(0,))
+    told = "the only legal layout of small on 1 h100_sxm does not fit: it takes up to .* of 1 GiB"
+    with pytest.raises(ConfigError, match=told):
+        search(
+            llama(),
+            nodes(1, 1, mem_gib=1),
+            seq_len=512,
+            global_batch_rows=1,
+            limits=limits,
+            program="megatron",
+        )
+
+
+def test_a_hint_names_only_what_can_be_typed() -> None:
+    with pytest.raises(ConfigError) as raised:
+        search(find_model("llama3_70b"), nodes(1, 8), seq_len=8192, global_batch_rows=64)
+    with pytest.raises(ConfigError) as other:
+        search(llama(num_layers=6), nodes(7, 1), seq_len=8192, global_batch_rows=64)
+    with pytest.raises(ConfigError) as third:
+        search(find_model("deepseek_v3"), nodes(8, 8), seq_len=4096, global_batch_rows=64)
+    said = " ".join(str(each.value) for each in (raised, other, third))
+    typed = set(re.findall(r"([\w.]+)=[\w]", said))
+    assert typed == {"cluster.nodes", "plan.global_batch_tokens", "plan.program"}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [
+        ({"global_batch_rows": 10**40}, "lower plan.global_batch_tokens or data.seq_len"),
+        (
+            {"global_batch_rows": 2**52, "seq_len": 2**24},
+            "a batch of 4,503,599,627,370,496 rows of 16,777,216 to",
+        ),
+        (
+            {"arch": llama(vocab_size=10**20)},
+            r"vocab_size=1e\+20 of small is more than 4,611,686,018,427,387,904",
+        ),
+        (
+            {"arch": llama(ffn_width=10**30)},
+            r"ffn_width=1e\+30 of small is more than .* lower the budget, model.par",
+        ),
+        (
+            {"cluster": nodes(10**12, 8)},
+            "cluster.nodes=1000000000000 of 8 GPUs are 8,000,000,000,000 GPUs, and",
+        ),
+    ],
+)
+def test_absurd_sizes_are_refused_before_a_column_overflows(sizes: dict[str, Any], told: str) -> None:
+    plain = {"arch": llama(), "cluster": nodes(1, 8), "seq_len": 4096, "global_batch_rows": 32}
+    with pytest.raises(ConfigError, match=told):
+        search(**(plain | sizes))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"global_batch_rows": 2**40},
+        {"global_batch_rows": 3 * 2**31, "program": "megatron"},
+        {"arch": llama(num_layers=1, vocab_size=2**33), "cluster": nodes(1, 8, mem_gib=1e9)},
+        {"cluster": nodes(2**26, 8), "global_batch_rows": 2**29},
+    ],
+)
+def test_sizes_beyond_int32_are_searched(sizes: dict[str, Any]) -> None:
+    plain = {"arch": llama(), "cluster": nodes(1, 8), "seq_len": 512, "global_batch_rows": 32}
+    found = search(**(plain | sizes), most=1)
+    at = found.best.layout
+    assert at.dp * at.micro_batch_rows * at.grad_accum == found.problem.global_batch_rows
+    assert at.world_size == found.problem.cluster.num_gpus
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
@@ -410,7 +514,7 @@ def test_other_assumptions_change_time_in_the_expected_direction() -> None:
     assert fewer.best is not None
     assert fewer.best.layout.world_size == 24
     assert fewer.problem.global_batch_rows % 3 == 0
-    assert fewer.note == f"with global_batch_rows={fewer.problem.global_batch_rows}"
+    assert fewer.note == f"with batches of {fewer.problem.global_batch_rows} rows"
     assert longer.time_ratio is not None
     assert longer.time_ratio > 1
     assert longer.best is not None
@@ -434,25 +538,57 @@ def test_one_node_has_no_network_and_no_node_to_spare() -> None:
 # -- speed
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_16384_gpus_are_searched_within_a_second_and_500_mb(program: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "num_nodes", "seq_len", "rows", "program", "num_legal", "limit_s"),
+    [  # limits are some three times what a core takes alone: tests share theirs
+        *(("llama3_405b", 2048, 8192, 2048, program, 20_000, 0.6) for program in PROGRAMS),
+        ("deepseek_v3", 256, 4096, 15360, "megatron", 400_000, 2.0),
+    ],
+)
+def test_thousands_of_gpus_are_searched_within_seconds_and_100_mb(
+    model: str, num_nodes: int, seq_len: int, rows: int, program: str, num_legal: int, limit_s: float
+) -> None:
     problem = Problem(
-        arch=find_model("llama3_405b"),
-        cluster=find_cluster("h100_sxm_8x", num_nodes=2048),
-        seq_len=8192,
-        global_batch_rows=2048,
+        arch=find_model(model),
+        cluster=find_cluster("h100_sxm_8x", num_nodes=num_nodes),
+        seq_len=seq_len,
+        global_batch_rows=rows,
         program=program,
     )
     rank(problem)  # the first call warms the allocator
-    begin = time.process_time()
-    found = rank(problem)
-    assert time.process_time() - begin < 1.0
-    assert found.num_legal > 20_000
+    spent = []
+    for _ in range(3):
+        begin = time.process_time()
+        found = rank(problem)
+        spent.append(time.process_time() - begin)
+    assert min(spent) < limit_s
+    assert found.num_legal > num_legal
     tracemalloc.start()
     rank(problem)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6
+
+
+def test_memory_is_looked_at_for_few_layouts_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Problem(
+        arch=find_model("deepseek_v3"),
+        cluster=find_cluster("h100_sxm_8x", num_nodes=256),
+        seq_len=4096,
+        global_batch_rows=15360,
+        program="megatron",
+    )
+    looked_at = []
+    every = Columns.peak_bytes
+
+    def counted(self: Columns, g: Grid) -> np.ndarray:
+        looked_at.append(len(g))
+        return every(self, g)
+
+    monkeypatch.setattr(Columns, "peak_bytes", counted)
+    found = rank(problem, most=1)
+    assert found.num_fitting < 0.4 * found.num_legal
+    assert found.num_fitting <= sum(looked_at) < 1.2 * found.num_fitting
 
 
 def test_the_published_layout_of_405b_is_near_the_best_in_time() -> None:
@@ -485,7 +621,5 @@ def test_nodes_that_divide_nothing_may_be_idle() -> None:
     assert fewer.time_ratio is not None
     assert 128 / 127 < fewer.time_ratio < 1.2
     used = fewer.problem.cluster.num_nodes
-    assert (
-        fewer.note == f"with global_batch_rows={fewer.problem.global_batch_rows} and {127 - used} idle nodes"
-    )
+    assert fewer.note == f"with batches of {fewer.problem.global_batch_rows} rows and {127 - used} idle nodes"
     assert used in (124, 120, 112)

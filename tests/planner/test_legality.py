@@ -175,6 +175,34 @@ def test_what_is_enumerated_is_what_is_legal_and_has_an_effect(workload: Workloa
     assert set(found) == wanted
 
 
+@pytest.mark.parametrize("program", ["llmtrain", "megatron", "torchtitan"])
+@pytest.mark.parametrize(("rows", "most"), [(224, 64), (1, 64), (360, 7), (97, 100), (30030, 64)])
+def test_every_number_of_rows_that_divides_is_a_micro_batch(program: str, rows: int, most: int) -> None:
+    workload = replace(GPT2, global_batch_rows=rows, vocab_size=256)
+    limits = Limits(max_micro_batch_rows=most)
+    for world_size in (1, 2, 8, 14):
+        g = enumerate_layouts(ENGINES[program], workload, world_size=world_size, limits=limits)
+        found = set(zip(g.dp.tolist(), g.pp.tolist(), g.micro_batch.tolist(), strict=True))
+        wanted = set()
+        for dp, pp in {(dp, pp) for dp, pp, _ in found}:
+            micro_batch = 1
+            while micro_batch <= min(most, rows):
+                if rows % (dp * micro_batch) == 0:
+                    wanted.add((dp, pp, micro_batch))
+                micro_batch += 1
+        assert found == wanted
+    g = enumerate_layouts(ENGINES[program], workload, world_size=2 if rows % 2 == 0 else 1, limits=limits)
+    assert len(g)
+
+
+def test_megatrons_experts_train_with_tp_only_where_it_is_sequence_parallel() -> None:
+    g = enumerate_layouts(ENGINES["megatron"], replace(DEEPSEEK_V3, global_batch_rows=64), world_size=64)
+    assert np.array_equal(g.tp > 1, g.sequence_parallel > 0)
+    assert set(g.tp) == {1, 2, 4, 8, 16, 32, 64}
+    dense = enumerate_layouts(ENGINES["megatron"], replace(GPT2, vocab_size=256), world_size=4)
+    assert np.any((dense.tp > 1) & (dense.sequence_parallel == 0))
+
+
 def is_in(g: Grid, **wanted: int) -> bool:
     found = np.ones(len(g), dtype=bool)
     for name, value in wanted.items():
@@ -335,7 +363,10 @@ def test_limits_leave_out_what_they_name() -> None:
 
 
 def test_a_program_without_experts_refuses_them() -> None:
-    with pytest.raises(ConfigError, match="llmtrain trains no model with experts; plan for megatron or"):
+    with pytest.raises(
+        ConfigError,
+        match=r"llmtrain trains no model with experts; set plan\.program=megatron or plan\.program=",
+    ):
         enumerate_layouts(ENGINES["llmtrain"], DEEPSEEK_V3, world_size=64)
     with pytest.raises(ConfigError, match="llm_foundry trains no model with latent attention"):
         enumerate_layouts(ENGINES["llm_foundry"], replace(LLAMA, is_latent=True), world_size=4)

@@ -12,7 +12,7 @@ from llmtrain.errors import ConfigError
 from llmtrain.model import size
 from llmtrain.model.config import Family, ModelConfig
 from llmtrain.planner.cost import memory_rows, schedule
-from llmtrain.planner.cost.candidates import FULL, NO_RECOMPUTE, SELECTIVE, candidates, num_params, stacked
+from llmtrain.planner.cost.candidates import FULL, NO_RECOMPUTE, SELECTIVE, candidates, num_params
 from llmtrain.planner.cost.memory import (
     CHUNK_ROWS,
     COMPONENTS,
@@ -23,7 +23,6 @@ from llmtrain.planner.cost.memory import (
     kept_by_mlp,
     memory,
 )
-from llmtrain.planner.cost.memory_excess import explain_excess
 from llmtrain.planner.cost.memory_programs import (
     DEEPSPEED_BUCKET,
     LLM_FOUNDRY,
@@ -436,61 +435,6 @@ def test_60000_candidates_take_a_fifth_of_a_second():
         memory(c, MEGATRON)
         best = min(best, time.process_time() - start)
     assert best < 0.4  # 0.14 s alone on a core; tests share theirs
-
-
-# -- when it does not fit
-
-
-def test_an_excess_names_the_largest_term_and_the_smallest_change_that_fits():
-    c = of(LLAMA3_8B, dp=8, micro_batch=4, grad_accum=4)
-    needs = float(memory(c, MEGATRON).high[0])
-    excess = explain_excess(c, MEGATRON, 0, needs - 1)
-    assert excess.component == "activations"
-    assert excess.change == "micro_batch_rows=2, grad_accum=8"
-    assert excess.over_bytes == pytest.approx(1, abs=1e-3)
-    assert "would fit" in str(excess)
-    tight = explain_excess(c, MEGATRON, 0, 80e9)
-    assert tight.changed_bytes <= 80e9
-    assert "recompute=full" in tight.change
-
-
-@pytest.mark.parametrize("name", MEMORY_PROGRAMS)
-@pytest.mark.parametrize("capacity", [30e9, 60e9, 141e9])
-def test_a_change_that_is_said_to_fit_does(name, capacity):
-    program = find_memory_program(name)
-    stage = program.zero_stages[0]
-    many = stacked(
-        [of(LLAMA3_8B, dp=16, micro_batch=8, zero_stage=stage), of(LLAMA3_8B, dp=64, zero_stage=stage)]
-    )
-    for row in range(2):
-        excess = explain_excess(many, program, row, capacity)
-        if excess.change is None:
-            assert excess.over_bytes <= 0 or "no change" in str(excess)
-            continue
-        settings = dict(each.split("=") for each in excess.change.split(", "))
-        names = {"micro_batch_rows": "micro_batch"}
-        words = {"none": 0, "selective": 1, "full": 2, "true": 1}
-        columns = {
-            names.get(key, key): np.array([float(words.get(value, value))]) for key, value in settings.items()
-        }
-        changed = replace(many.rows(np.array([row])), **columns)
-        assert float(memory(changed, program).high[0]) <= capacity
-        assert float(changed.dp[0] * changed.micro_batch[0] * changed.grad_accum[0]) == float(
-            (many.dp * many.micro_batch * many.grad_accum)[row]
-        )
-
-
-def test_what_fits_is_told_to_and_what_cannot_is_told_too():
-    c = of(LLAMA3_8B, num_layers=2, dp=8, zero_stage=1)
-    assert "fits with" in str(explain_excess(c, MEGATRON, 0, 1e12))
-    hopeless = explain_excess(c, MEGATRON, 0, 1e9)
-    assert hopeless.change is None
-    assert "no change of micro batch" in str(hopeless)
-
-
-def test_a_capacity_must_be_above_0():
-    with pytest.raises(ConfigError, match=r"capacity_bytes=0 must be above 0"):
-        explain_excess(of(LLAMA3_8B), MEGATRON, 0, 0)
 
 
 def test_unknown_programs_precisions_and_devices_are_told_the_known_ones():

@@ -22,6 +22,7 @@ from llmtrain.planner.cost.cluster import find_cluster
 from llmtrain.planner.cost.layouts import describe
 from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.laws import LAWS, band, optimal_params
+from llmtrain.planner.make import Planned, make_plan
 from llmtrain.planner.page import iso_flops, layout_trade, memory_parts, plan_page, step_parts, verdict
 from llmtrain.planner.page_tables import duration, power_of_ten, rounded, step_text, usd_text
 from llmtrain.planner.pictures import (
@@ -39,7 +40,7 @@ from llmtrain.planner.pictures import (
     valleys,
     whole,
 )
-from llmtrain.planner.plan import FLOPS_CONVENTION, Planned, make_plan
+from llmtrain.planner.plan import FLOPS_CONVENTION
 from llmtrain.planner.report import notes
 from llmtrain.units import format_bytes, format_count
 

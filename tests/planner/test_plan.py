@@ -17,15 +17,9 @@ from llmtrain.planner.config import (
     ModelWishConfig,
 )
 from llmtrain.planner.cost.cluster import find_cluster
-from llmtrain.planner.plan import (
-    batch_multiple,
-    forecast_run,
-    make_plan,
-    padded_vocab,
-    read_plan,
-    rounded_rows,
-    write_plan,
-)
+from llmtrain.planner.forecast import forecast_run
+from llmtrain.planner.make import batch_multiple, make_plan, padded_vocab, rounded_rows
+from llmtrain.planner.plan import read_plan, write_plan
 from llmtrain.planner.report import experiment_yaml, notes, plan_text
 
 
@@ -286,3 +280,66 @@ def test_quantities_parse_as_people_type_them():
     assert BudgetConfig(tokens="300B").num_tokens == 300e9
     assert ModelWishConfig(params="7B").num_params == 7e9
     assert math.isclose(InferenceConfig(tokens="2T").num_tokens, 2e12)
+
+
+def test_budgets_in_hours_are_spent_even_where_two_shapes_take_turns():
+    cluster = find_cluster("h100_sxm_8x", num_nodes=4)
+    for hours in (150, 170, 190, 210, 240, 280, 330, 400):
+        spent = planned(BudgetConfig(gpu_hours=str(hours)), cluster=cluster).plan.forecast.gpu_hours.mid
+        assert spent == pytest.approx(hours, rel=0.03), f"budget.gpu_hours={hours}"
+
+
+def test_the_loss_stays_below_that_of_a_model_that_learned_nothing():
+    model = ModelWishConfig(vocab_size=512, params="1M")
+    plan = planned(
+        BudgetConfig(tokens="1B"), nodes=1, model=model, data=DataWishConfig(seq_len=512, unique_tokens="2M")
+    ).plan
+    loss = plan.forecast.loss
+    assert loss.low <= loss.mid <= loss.high <= math.log(512) + 1e-9
+
+
+def test_text_read_a_thousand_times_is_refused():
+    with pytest.raises(ConfigError, match=r"readings of 1M unique ones, and past 44 nothing was measured"):
+        planned(BudgetConfig(tokens="10B"), data=DataWishConfig(seq_len=2048, unique_tokens="1M"))
+
+
+def test_a_wish_past_every_shape_is_refused():
+    with pytest.raises(ConfigError, match=r"parameters are wished, and the largest shape there is has"):
+        planned(BudgetConfig(tokens="1T"), model=ModelWishConfig(params="1000T", vocab_size=32_000))
+
+
+def test_a_gpu_without_bf16_is_planned_in_fp16():
+    plan = planned(BudgetConfig(flops="1e19"), cluster=find_cluster("v100_sxm_8x")).plan
+    assert plan.precision == "fp16"
+
+
+def test_a_small_wish_has_the_tokens_of_the_shape_that_it_gets():
+    plan = planned(BudgetConfig(), nodes=1, model=ModelWishConfig(vocab_size=32_000, params="1M")).plan
+    assert plan.choice.total_tokens > 10 * num_params(plan.choice.model)
+
+
+def test_a_calibration_of_another_machine_is_refused(tmp_path):
+    from llmtrain.planner.calibrate import Observation, calibrate, write_calibration  # noqa: PLC0415
+    from llmtrain.planner.cost.architecture import find_model  # noqa: PLC0415
+    from llmtrain.planner.cost.layout import Layout  # noqa: PLC0415
+
+    here = find_cluster("this_machine", peak_tflops=0.2)
+    layout = Layout(seq_len=256, micro_batch_rows=2, precision="fp32")
+    seen = Observation(
+        name="run",
+        arch=find_model("gpt2_124m"),
+        layout=layout,
+        cluster=here,
+        step_s=2.0,
+        peak_bytes=3e9,
+        is_resident=True,
+    )
+    path = tmp_path / "c.json"
+    write_calibration(path, calibrate([seen]).calibration)
+    choice = ChoiceConfig(calibration=str(path))
+    with pytest.raises(
+        ConfigError, match=r"is of runs in fp32 on this_machine, and the plan is in bf16 on h100"
+    ):
+        planned(BudgetConfig(flops="1e19"), choice=choice)
+    with pytest.raises(ConfigError, match=r"is of llmtrain, and plan\.program=megatron"):
+        planned(BudgetConfig(flops="1e19"), choice=ChoiceConfig(calibration=str(path), program="megatron"))

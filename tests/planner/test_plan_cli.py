@@ -6,7 +6,9 @@ import sys
 import pytest
 import yaml
 
+from llmtrain.files import plain
 from llmtrain.planner.plan import read_plan
+from llmtrain.planner.runs import differences
 
 
 def plan_verb(*arguments, cwd):
@@ -32,7 +34,7 @@ def test_it_prints_the_plan_and_where_it_lies(finished):
     _, text = finished
     assert "PLAN trial" in text
     assert "besiroglu2024 *" in text
-    assert "written: plans/experiment/trial.yaml, plans/trial.plan.json and plans/trial.plan.html" in text
+    assert "written: plans/experiment/trial.yaml, plans/trial.plan.html, plans/trial.plan.json" in text
     assert "llmtrain train --config-dir plans +experiment=trial" in text
 
 
@@ -53,8 +55,7 @@ def test_experiment_and_plan_file_agree(finished):
     assert experiment["train"]["global_batch_rows"] == plan.choice.global_batch_rows
     assert experiment["data"]["seq_len"] == plan.choice.seq_len
     assert experiment["optimizer"]["peak_lr"] == plan.choice.peak_lr
-    for name, value in experiment["model"].items():
-        assert getattr(plan.choice.model, name) == value
+    assert experiment["model"] == plain(plan.choice.model), "all of it, or the default model shows through"
 
 
 def test_train_takes_the_experiment_as_it_is(finished):
@@ -76,6 +77,7 @@ def test_train_takes_the_experiment_as_it_is(finished):
     assert job["run"]["plan"] == "plans/trial.plan.json"
     assert job["parallel"]["world_size"] == plan.choice.layout.world_size
     assert job["parallel"]["zero_stage"] == plan.choice.layout.zero_stage
+    assert differences(plan, job, world_size=None) == [], "as planned, in every setting"
 
 
 def test_a_sweep_writes_each_plan_into_its_own_folder(tmp_path):
@@ -115,6 +117,14 @@ def test_a_mistake_is_one_line_and_exit_status_2(tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*")), "nothing is written"
+
+
+def test_a_plan_for_another_program_has_no_experiment(tmp_path):
+    done = plan_verb("budget.flops=1e20", "cluster=h100_sxm_8x", "plan.program=megatron", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no experiment was written: the plan is for megatron, which `llmtrain train` is not" in done.stdout
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"plans/planned.plan.json", "plans/planned.plan.html"}
 
 
 def processor_s(statement):

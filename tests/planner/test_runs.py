@@ -9,7 +9,7 @@ import yaml
 from llmtrain.errors import ConfigError
 from llmtrain.planner import config as wishes
 from llmtrain.planner.cost.cluster import find_cluster
-from llmtrain.planner.plan import make_plan
+from llmtrain.planner.make import make_plan
 from llmtrain.planner.report import experiment_yaml
 from llmtrain.planner.runs import differences, forecast_of_run, layout_of, model_of
 

@@ -6,9 +6,18 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from llmtrain.parallel import volume
 from llmtrain.planner.cost import collectives, schedule
 from llmtrain.planner.cost.candidates import FULL, NO_RECOMPUTE, SELECTIVE, candidates, num_params
-from llmtrain.planner.cost.step_time import Constants, Software, StepTime, rank_params, step_time
+from llmtrain.planner.cost.step_time import (
+    OPTIMIZER_BYTES,
+    Constants,
+    Software,
+    StepTime,
+    rank_expert_params,
+    rank_params,
+    step_time,
+)
 
 H100 = {
     "peak_flops": 989.5e12,
@@ -207,6 +216,78 @@ def test_experts_exchange_tokens_and_once_a_node_sends_less():
     once = seconds(Software(sends_once_a_node=True), **moe).ep[0]
     assert seconds(dp=64).ep[0] == 0
     assert 0.5 * every < once < 0.8 * every  # 8 experts lie on 5.25 of 8 nodes in the mean
+
+
+def test_experts_optimizer_states_lie_on_the_ranks_that_hold_the_same_ones():
+    moe = {"num_moe_layers": 32, "num_experts": 64, "experts_per_token": 2, "expert_width": 1408}
+    c = rows(**moe, dp=64, ep=16)
+    experts, everything = rank_expert_params(c)[0], rank_params(c)[0]
+    assert experts == pytest.approx(32 * 64 / 16 * 3 * 4096 * 1408)
+    found = step_time(c, Software(), IDEAL)
+    owned = (everything - experts) / 64 + experts / 4  # 64 / 16 copies of each expert
+    assert found.optimizer[0] == pytest.approx(OPTIMIZER_BYTES * owned / 3350e9)
+    whole = step_time(rows(**moe, dp=64, ep=16, zero_stage=0), Software(), IDEAL)
+    assert whole.optimizer[0] == pytest.approx(OPTIMIZER_BYTES * everything / 3350e9)
+
+
+def test_experts_gradients_go_round_the_ranks_that_hold_the_same_ones():
+    moe = {"num_moe_layers": 32, "num_experts": 64, "experts_per_token": 2, "expert_width": 1408}
+    k = replace(IDEAL, link_efficiency=1.0)
+    c = rows(**moe, dp=8, ep=8)
+    dense = rank_params(c)[0] - rank_expert_params(c)[0]
+    assert step_time(c, Software(), k).dp[0] == pytest.approx((2 + 2) * 7 / 8 * dense / 450e9, rel=0.01)
+    c = rows(**moe, dp=8, ep=2)
+    by_hand = (2 + 2) * (7 / 8 * dense + 3 / 4 * rank_expert_params(c)[0]) / 450e9
+    assert step_time(c, Software(), k).dp[0] == pytest.approx(by_hand, rel=0.01)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tp", "cp"), [(32, 32, 1, 8), (32, 8, 2, 4), (32, 2, 4, 2)])
+def test_heads_exchanged_over_context_are_the_engines_bytes(heads, kv_heads, tp, cp):
+    """parallel/volume.py counts what a rank deals out; (cp - 1) / cp of that leaves it."""
+    k = replace(IDEAL, link_efficiency=1.0)
+    found = seconds(Software(context="heads"), k, cp=cp, tp=tp, num_heads=heads, num_kv_heads=kv_heads)
+    sizes = volume.Sizes(
+        d_model=4096,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_width=128,
+        vocab_size=32000,
+        num_layers=32,
+        weights=(),
+        micro_batch_rows=1,
+        seq_len=4096,
+        num_micro_batches=1,
+        element_bytes=2,
+        tp_size=tp,
+        cp_size=cp,
+    )
+    (sent,) = volume.cp_bytes(sizes).values()
+    assert found.cp[0] == pytest.approx(sent * (cp - 1) / cp / 450e9)
+
+
+def test_exchanged_heads_do_not_grow_with_context_ranks_and_gathered_keys_do():
+    k = replace(IDEAL, link_efficiency=1.0)
+    four, eight = (rows(cp=cp, seq_len=4096 * cp) for cp in (4, 8))  # as many tokens a rank
+    heads, gathers = Software(context="heads"), Software()
+    assert step_time(eight, heads, k).cp[0] < 1.2 * step_time(four, heads, k).cp[0]
+    assert step_time(eight, gathers, k).cp[0] > 1.9 * step_time(four, gathers, k).cp[0]
+
+
+def test_heads_that_do_not_divide_are_not_exchanged():
+    odd = {"cp": 3, "seq_len": 4098}
+    assert seconds(Software(context="heads"), **odd).cp[0] == seconds(**odd).cp[0]
+
+
+def test_experts_hide_behind_another_micro_batch_under_dual_pipe_alone():
+    moe = {
+        "num_moe_layers": 32, "num_experts": 64, "experts_per_token": 2, "expert_width": 1408,
+        "dp": 8, "ep": 8, "pp": 4, "grad_accum": 16,
+    }  # fmt: skip
+    dual = {"schedule": schedule.DUAL_PIPE_V, "vpp": 2}
+    overlapped, k = Software(overlaps_experts=True), Constants(contention=0.0)
+    assert seconds(overlapped, k, **moe, **dual).ep[0] == 0
+    assert seconds(Software(), k, **moe, **dual).ep[0] > 0
+    assert seconds(overlapped, k, **moe).ep[0] == seconds(Software(), k, **moe).ep[0] > 0
 
 
 def test_unbalanced_context_waits_for_its_last_rank():

@@ -293,7 +293,8 @@ def test_a_plan_that_is_missing_is_said(folder):
 def test_a_plan_is_held_against_the_run(folder):
     from llmtrain.planner import config  # noqa: PLC0415  only this test plans
     from llmtrain.planner.cost.cluster import find_cluster  # noqa: PLC0415
-    from llmtrain.planner.plan import make_plan, write_plan  # noqa: PLC0415
+    from llmtrain.planner.make import make_plan  # noqa: PLC0415
+    from llmtrain.planner.plan import write_plan  # noqa: PLC0415
 
     planned = make_plan(
         name="demo",

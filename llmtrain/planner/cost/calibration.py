@@ -554,17 +554,16 @@ class StudyResult:
     ranges: Mapping[str, tuple[float, float]]
 
 
-RANGES = ("tokens", "seq_len", "d_model", "pp", "dp", "cp", "tp", "ep")
-"""Columns whose least and largest fitted values say where constants are known."""
-
-
 def run_study(study: Study) -> StudyResult:
     """Constants fitted to all rows, and each row's error when it is left out."""
     runs = study.read()
     num = sum(map(len, runs))
     # fewer than 3 rows a fold: each row alone is left out
     folds = folds_of(num) if num >= 3 * NUM_FOLDS else np.arange(num)
-    columns = {name: np.concatenate([getattr(each.c, name) for each in runs]) for name in RANGES}
+    columns = {
+        name: np.concatenate([programs.quantity(each.c, name) for each in runs])
+        for name in programs.QUANTITIES
+    }
     return StudyResult(
         constants=fit_constants(runs, study.prior, study.free),
         errors=left_out_errors(runs, study.prior, study.free, folds),

@@ -1,8 +1,8 @@
 """Searches layouts: every legal one of a cluster, those that fit in memory, in order of their step time.
 
-Layouts are columns from first to last. Memory is estimated for all that are legal, and those whose interval's
-high end is more than the GPU has are left out; only the others' step time is estimated. Columns go through
-both in pieces that stay in a core's cache.
+Layouts are columns from first to last. Of those that are legal, the ones whose memory's interval has its high
+end above what the GPU has are left out; only the others' step time is estimated. Columns go through both in
+pieces that stay in a core's cache.
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ import numpy as np
 from llmtrain.errors import ConfigError
 from llmtrain.planner.cost.architecture import Architecture
 from llmtrain.planner.cost.candidates import FULL
-from llmtrain.planner.cost.cluster import Cluster
+from llmtrain.planner.cost.cluster import THIS_MACHINE, Cluster
 from llmtrain.planner.cost.costs import PARTS
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.legality import GRID_AXES, Grid, Limits
-from llmtrain.planner.cost.memory_excess import explain_excess
 from llmtrain.planner.cost.problem import Choice, Columns, Problem
 from llmtrain.planner.cost.schedule import NAMES as SCHEDULES
 from llmtrain.units import format_bytes
 
-NUM_ALMOST = 8192
-"""Of layouts that do not fit, those nearest to fitting whose step time is looked at."""
 MOST_NODES = 8192
 """How far the search for a cluster that would do goes."""
 SETTINGS = ("zero_stage", "micro_batch", "recompute", "sequence_parallel", "schedule", "vpp")
@@ -44,8 +41,6 @@ class Ranked:
     """The best one with one setting changed, whether they fit or not."""
     pareto: tuple[Choice, ...]
     """Those that nothing beats in both step time and peak memory, the fastest first."""
-    too_large: tuple[Choice, ...]
-    """Faster than the best one, but larger than the GPU; the nearest to fitting of each process grid."""
     num_legal: int
     num_fitting: int
 
@@ -67,7 +62,7 @@ def search(
 
     Raises:
         ConfigError: The program cannot train such a model; no layout is legal, with sizes that would be; or
-        none fits, with the term that is too large and the smallest change that helps.
+        none fits, with the term that is too large and the smallest changes that help.
     """
     problem = Problem(
         arch=arch, cluster=cluster, seq_len=seq_len, global_batch_rows=global_batch_rows, **settings
@@ -81,22 +76,16 @@ def rank(problem: Problem, *, most: int = 20) -> Ranked:
     g = problem.enumerate()
     if not len(g):
         raise ConfigError(_nothing_legal(problem))
-    peak = np.full(len(g), np.inf)
-    may_fit = np.flatnonzero(columns.least_bytes(g) <= columns.usable_bytes)
-    peak[may_fit] = columns.peak_bytes(g.rows(may_fit))
-    fits = np.flatnonzero(peak <= columns.usable_bytes)
+    peak = columns.fitting_bytes(g)
+    fits = np.flatnonzero(np.isfinite(peak))
     if not len(fits):
         raise ConfigError(_nothing_fits(problem, columns, g))
-    seconds = np.full(len(g), np.inf)
-    seconds[fits] = columns.step_s(g.rows(fits))
-    order = fits[np.lexsort((peak[fits], seconds[fits]))]
-    least_s = float(seconds[order[0]])
+    order = fits[np.lexsort((peak[fits], columns.step_s(g.rows(fits))))]
     lists = {
         "ranking": order,
         "runners_up": order[_first_of_each(g.rows(order))[1:]],
         "variants": _one_changed(g, int(order[0])),
         "pareto": order[_pareto(peak[order])],
-        "too_large": _faster_but_too_large(columns, g, peak, least_s),
     }
     lists = {name: rows[:most] for name, rows in lists.items()}
     choices = iter(columns.choices(g.rows(np.concatenate(list(lists.values())))))
@@ -143,28 +132,18 @@ def _pareto(peak: np.ndarray) -> np.ndarray:
     return found
 
 
-def _faster_but_too_large(columns: Columns, g: Grid, peak: np.ndarray, least_s: float) -> np.ndarray:
-    over = np.flatnonzero((peak > columns.usable_bytes) & np.isfinite(peak))
-    almost = over[np.argsort(peak[over], kind="stable")[:NUM_ALMOST]]
-    if not len(almost):
-        return almost
-    faster = almost[columns.step_s(g.rows(almost)) < least_s]
-    return faster[_first_of_each(g.rows(faster))] if len(faster) else faster
-
-
 # -- words
 
 
 def describe(layout: Layout) -> str:
     """Axes above 1, then settings: "dp 8 x tp 8, ZeRO 1, 16 micro batches of 2 rows, full recomputation"."""
     axes = [f"{name} {getattr(layout, name)}" for name in GRID_AXES[:-1] if getattr(layout, name) > 1]
-    rows = "row" if layout.micro_batch_rows == 1 else "rows"
     batches = "1 micro batch" if layout.grad_accum == 1 else f"{layout.grad_accum} micro batches"
     said = [
         " x ".join(axes) or "one rank",
         *([f"experts over {layout.ep}"] if layout.ep > 1 else []),
         f"ZeRO {layout.zero_stage}",
-        f"{batches} of {layout.micro_batch_rows} {rows}",
+        f"{batches} of {_rows(layout.micro_batch_rows)}",
         "no recomputation" if layout.recompute == "none" else f"{layout.recompute} recomputation",
     ]
     if layout.sequence_parallel:
@@ -173,6 +152,10 @@ def describe(layout: Layout) -> str:
         chunks = f" of {layout.vpp} chunks" if layout.schedule == "interleaved" else ""
         said.append(f"{layout.schedule}{chunks}")
     return ", ".join(said)
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number} rows"
 
 
 def _over(problem: Problem, ranks: int) -> str:
@@ -243,17 +226,17 @@ def _nothing_legal(problem: Problem) -> str:
     batches = _near_batches(problem)
     hints = []
     if batches:
-        hints.append("train.global_batch_rows=" + " or ".join(map(str, batches)))
+        tokens = " or ".join(f"{each * problem.seq_len} ({_rows(each)})" for each in batches)
+        hints.append(f"plan.global_batch_tokens={tokens}")
     if nodes is not None:
         hints.append(f"cluster.nodes={nodes}")
-    if problem.limits != Limits():
+    if problem.limits not in (Limits(), Limits(max_tp=cluster.gpus_per_node)):
         hints.append("wider limits of the search")
     mend = f"; set {', or '.join(hints)}" if hints else ""
     return (
         f"{problem.program} has no legal layout of {problem.arch.name} on {cluster.num_gpus} GPUs "
-        f"({cluster.num_nodes} x {cluster.gpus_per_node}) with global_batch_rows={rows} and "
-        f"seq_len={problem.seq_len}: no pp * dp * cp * tp = {cluster.num_gpus} divides both model and batch"
-        f"{mend}"
+        f"({cluster.num_nodes} x {cluster.gpus_per_node}) with a batch of {_rows(rows)} of {problem.seq_len} "
+        f"tokens: no pp * dp * cp * tp = {cluster.num_gpus} divides both model and batch{mend}"
     )
 
 
@@ -269,13 +252,16 @@ def _near_batches(problem: Problem) -> list[int]:
     world, rows = problem.cluster.num_gpus, problem.global_batch_rows
     g = _smallest(replace(problem, global_batch_rows=world))
     sizes = np.unique(g.dp)
-    below, above = rows // sizes * sizes, (rows // sizes + 1) * sizes
-    found = {int(each) for each in (below.max(initial=0), above.min(initial=np.iinfo(np.int32).max))}
-    return sorted(each for each in found if 0 < each < np.iinfo(np.int32).max and each != rows)
+    if not len(sizes):
+        return []
+    below, above = (rows // sizes * sizes).max(), ((rows // sizes + 1) * sizes).min()
+    return [int(each) for each in (below, above) if each not in (0, rows)]
 
 
 def _other_nodes(problem: Problem, works: Callable[[Problem], bool]) -> Iterator[int]:
     """Numbers of nodes, the smallest change first, with which the problem has what is asked for."""
+    if problem.cluster.name == THIS_MACHINE:
+        return
     now = problem.cluster.num_nodes
     steps = [now + more for more in range(1, 9)]
     doubled = [now * 2**power * quarter // 4 for power in range(14) for quarter in (4, 5, 6, 7)]
@@ -286,14 +272,13 @@ def _other_nodes(problem: Problem, works: Callable[[Problem], bool]) -> Iterator
 
 def _nothing_fits(problem: Problem, columns: Columns, g: Grid) -> str:
     peak = columns.peak_bytes(g)
-    smallest = g.rows(np.array([int(peak.argmin())]))
-    least = columns.choices(smallest)[0]
-    usable = columns.usable_bytes
-    excess = explain_excess(columns.candidates(smallest), columns.costs.memory_program, 0, usable)
+    least = columns.choices(g.rows(np.array([int(peak.argmin())])))[0]
+    needed = format_bytes(least.peak_bytes.high)
+    largest = max(least.memory, key=lambda name: least.memory[name])
 
     def fits(other: Problem) -> bool:
         found = _smallest(other)
-        return len(found) > 0 and bool((Columns(other).peak_bytes(found) <= usable).any())
+        return len(found) > 0 and bool(np.isfinite(Columns(other).fitting_bytes(found)).any())
 
     nodes = next(_other_nodes(problem, fits), None)
     hints = []
@@ -305,13 +290,15 @@ def _nothing_fits(problem: Problem, columns: Columns, g: Grid) -> str:
         if fits(replace(problem, seq_len=length, global_batch_rows=rows)):
             hints.append(f"data.seq_len={length}")
             break
-    hints.append(f"GPUs with {format_bytes(float(peak.min()))}")
-    place = f" on the {excess.place} pipeline rank" if least.layout.pp > 1 else ""
+    hints.append(f"{needed} a rank")
+    on = f"of {problem.arch.name} on {problem.cluster.num_gpus} {problem.cluster.gpu.name}"
+    none = f"none of {len(g):,} legal layouts {on} fits: the smallest"
+    only = f"the only legal layout {on} does not fit: it"
+    place = f" on the pipeline's {least.place} rank" if least.layout.pp > 1 else ""
     return (
-        f"none of {len(g):,} legal layouts of {problem.arch.name} on {problem.cluster.num_gpus} "
-        f"{problem.cluster.gpu.name} fits: the smallest takes up to {format_bytes(float(peak.min()))} of "
-        f"{format_bytes(usable)} ({describe(least.layout)}), for its {excess.component} are "
-        f"{format_bytes(excess.component_bytes)} at the instant {excess.instant!r}{place}. "
+        f"{only if len(g) == 1 else none} takes up to {needed} of "
+        f"{format_bytes(columns.usable_bytes)} ({describe(least.layout)}), of which {largest} "
+        f"{format_bytes(least.memory[largest])} at the instant {least.instant!r}{place}. "
         f"The smallest changes that fit: {'; or '.join(hints)}"
     )
 
@@ -390,7 +377,7 @@ def _changed(name: str, others: list[Problem], problem: Problem, best: Choice) -
     tokens = problem.global_batch_rows * problem.seq_len
     taken = []
     if other.global_batch_rows != problem.global_batch_rows:
-        taken.append(f"global_batch_rows={other.global_batch_rows}")
+        taken.append(f"batches of {_rows(other.global_batch_rows)}")
     idle = others[0].cluster.num_nodes - other.cluster.num_nodes
     if idle:
         taken.append(f"{idle} idle {'node' if idle == 1 else 'nodes'}")

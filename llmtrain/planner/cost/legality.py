@@ -51,7 +51,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Layouts as int32 columns of one length; the codes of recompute and schedule are candidates.py's and
+    """Layouts as int64 columns of one length; the codes of recompute and schedule are candidates.py's and
     schedule.py's."""
 
     pp: np.ndarray
@@ -84,7 +84,7 @@ def grid(**columns: np.ndarray | int) -> Grid:
     )
     given = {**plain, **columns}
     length = max(np.size(value) for value in given.values())
-    return Grid(**{name: np.broadcast_to(np.asarray(v, np.int32), (length,)) for name, v in given.items()})
+    return Grid(**{name: np.broadcast_to(np.asarray(v, np.int64), (length,)) for name, v in given.items()})
 
 
 # -- llmtrain: a mask for every rule of parallel/compatibility.py, true where it is broken
@@ -189,10 +189,12 @@ def _experts(g: Grid, w: Workload) -> np.ndarray:
 
 def _broken_by_megatron(g: Grid, w: Workload) -> dict[str, np.ndarray]:
     """NVIDIA/Megatron-LM@002526d megatron/core/transformer/transformer_config.py. The vocabulary is padded,
-    stages may be cut anyhow (pipeline_model_parallel_layout), and each of the two ends may be one."""
+    stages may be cut anyhow (pipeline_model_parallel_layout), and each of the two ends may be one. Experts
+    train with tp only where it is sequence parallel (@0011998 .../moe/moe_layer.py, MoELayer.forward)."""
     micro_batches = w.global_batch_rows // (g.micro_batch * g.dp)
     return {
         "zero_stage": g.zero_stage > 1,
+        "sequence_parallel": _when(w.num_experts > 0, (g.tp > 1) & (g.sequence_parallel == 0)),
         "heads": w.num_heads % g.tp != 0,
         "kv_heads": _when(not w.is_latent, _kv_heads(g, w)),
         "ffn_width": w.ffn_width % g.tp != 0,
@@ -338,7 +340,7 @@ def enumerate_layouts(engine: Engine, w: Workload, *, world_size: int, limits: L
 
     What has no effect is not listed twice: sequence parallelism at tp 1, a schedule at pp 1. Context
     parallelism goes over heads where they divide, for it runs fused kernels, else round a ring of positions.
-    A micro batch is a power of two of rows, times 1 or 3.
+    A micro batch is any number of rows that divides a dp rank's.
 
     Axes are added one after another, and what is illegal is dropped before the next: no rule forbids one row
     a micro batch, or to compute nothing again, and allows more. ConfigError when the program cannot train
@@ -348,7 +350,8 @@ def enumerate_layouts(engine: Engine, w: Workload, *, world_size: int, limits: L
     _check_model(engine, w)
 
     def kept(g: Grid) -> Grid:
-        return g.rows(legal(engine, g, w))
+        is_legal = legal(engine, g, w)
+        return g if is_legal.all() else g.rows(is_legal)
 
     g = _axes(engine, w, world_size, limits)
     if engine.has_sequence_parallel:
@@ -356,9 +359,8 @@ def enumerate_layouts(engine: Engine, w: Workload, *, world_size: int, limits: L
         g = g.rows((g.tp > 1) | (g.sequence_parallel == 0))
     g = kept(_times(g, zero_stage=_those(engine.zero_stages, limits.zero_stages)))
     g = _with_schedules(engine, g, w, limits)
-    g = _times(g, micro_batch=_micro_batches(limits.max_micro_batch_rows))
-    g = kept(g.rows(w.global_batch_rows % (g.micro_batch * g.dp) == 0))
-    return kept(_times(g, recompute=_those(engine.recomputes, limits.recomputes)))
+    g = kept(_times(g, recompute=_those(engine.recomputes, limits.recomputes)))
+    return kept(_with_micro_batches(g, w, limits.max_micro_batch_rows))
 
 
 def _check_model(engine: Engine, w: Workload) -> None:
@@ -366,17 +368,19 @@ def _check_model(engine: Engine, w: Workload) -> None:
     others = ("megatron", "torchtitan")
     if w.precision not in engine.precisions:
         raise ConfigError(
-            f"{name} does not train in {w.precision}, but in {', '.join(engine.precisions)}; choose one of "
-            "those"
+            f"{name} does not train in {w.precision}, but in {', '.join(engine.precisions)}; set "
+            "plan.precision to one of those"
         )
     if (w.num_experts and not engine.has_experts) or (w.is_latent and not engine.has_latent_attention):
         kind = "experts" if w.num_experts and not engine.has_experts else "latent attention"
-        raise ConfigError(f"{name} trains no model with {kind}; plan for {' or '.join(others)}")
+        raise ConfigError(
+            f"{name} trains no model with {kind}; set plan.program={' or plan.program='.join(others)}"
+        )
 
 
 def _axes(engine: Engine, w: Workload, world_size: int, limits: Limits) -> Grid:
     """(pp, dp, cp, tp, ep) whose sizes divide, one row each."""
-    sizes = np.array(divisors(world_size), dtype=np.int32)
+    sizes = np.array(divisors(world_size), dtype=np.int64)
 
     def of(axis: str, most: int | None, fits: np.ndarray) -> np.ndarray:
         if axis not in engine.axes:
@@ -387,10 +391,10 @@ def _axes(engine: Engine, w: Workload, world_size: int, limits: Limits) -> Grid:
     pp = of("pp", limits.max_pp, sizes <= w.num_layers)
     cp = of("cp", limits.max_cp, w.seq_len % sizes == 0)
     pps, cps, tps = (each.ravel() for each in np.meshgrid(pp, cp, tp, indexing="ij"))
-    product = pps.astype(np.int64) * cps * tps
+    product = pps * cps * tps
     kept = world_size % product == 0
     dp = world_size // product[kept]
-    ring = (w.num_heads // tps[kept] % cps[kept] != 0).astype(np.int32)
+    ring = (w.num_heads // tps[kept] % cps[kept] != 0).astype(np.int64)
     g = grid(pp=pps[kept], cp=cps[kept], tp=tps[kept], dp=dp, context=ring)
     if w.num_experts and engine.has_experts:
         most = min(limits.max_ep or w.num_experts, w.num_experts)
@@ -413,7 +417,7 @@ def _with_schedules(engine: Engine, g: Grid, w: Workload, limits: Limits) -> Gri
             each = each.rows((chunks <= w.num_layers + 2) & (empty < each.pp))
         else:
             each = replace(pipelines, vpp=pipelines.vpp * (2 if which == DUAL_PIPE_V else 1))
-        found.append(replace(each, schedule=np.full(len(each), which, dtype=np.int32)))
+        found.append(replace(each, schedule=np.full(len(each), which, dtype=np.int64)))
     return Grid(
         **{each.name: np.concatenate([getattr(part, each.name) for part in found]) for each in fields(Grid)}
     )
@@ -422,7 +426,7 @@ def _with_schedules(engine: Engine, g: Grid, w: Workload, limits: Limits) -> Gri
 def _times(g: Grid, **columns: object) -> Grid:
     """Every row with every combination of the given values."""
     for name, values in columns.items():
-        each = np.array(list(values), dtype=np.int32)  # type: ignore[call-overload]
+        each = np.array(list(values), dtype=np.int64)  # type: ignore[call-overload]
         repeated = {field.name: np.repeat(getattr(g, field.name), len(each)) for field in fields(Grid)}
         g = Grid(**{**repeated, name: np.tile(each, len(g))})
     return g
@@ -432,9 +436,14 @@ def _those(of: tuple[int, ...], wanted: tuple[int, ...] | None) -> tuple[int, ..
     return of if wanted is None else tuple(each for each in of if each in wanted)
 
 
-def _micro_batches(most: int) -> list[int]:
-    powers = [2**power for power in range(most.bit_length())]
-    return sorted(rows for rows in {*powers, *(3 * power for power in powers)} if rows <= most)
+def _with_micro_batches(g: Grid, w: Workload, most: int) -> Grid:
+    """Each row once for every number of rows, up to `most`, that divides its dp rank's rows of a step."""
+    rows = w.global_batch_rows
+    sizes = np.array([each for each in range(1, min(most, rows) + 1) if rows % each == 0], dtype=np.int64)
+    ranks, which = np.unique(g.dp, return_inverse=True)
+    divides = rows % (ranks[:, None] * sizes) == 0
+    at, size = np.nonzero(divides[which])
+    return replace(g.rows(at), micro_batch=sizes[size])
 
 
 def divisors(number: int) -> list[int]:

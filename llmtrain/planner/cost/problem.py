@@ -12,12 +12,18 @@ from llmtrain.parallel.config import ContextKind, EngineKind
 from llmtrain.planner.cost import architecture, legality
 from llmtrain.planner.cost import cluster as clusters
 from llmtrain.planner.cost.architecture import Architecture
-from llmtrain.planner.cost.candidates import DEFAULTS, Candidates, attention_params, dense_mlp_params
+from llmtrain.planner.cost.candidates import (
+    DEFAULTS,
+    Candidates,
+    attention_params,
+    dense_mlp_params,
+    expert_params,
+)
 from llmtrain.planner.cost.cluster import Cluster
 from llmtrain.planner.cost.costs import PARTS, find_costs
 from llmtrain.planner.cost.layout import RECOMPUTES, Layout
 from llmtrain.planner.cost.legality import GRID_AXES, Grid, Limits, Workload
-from llmtrain.planner.cost.memory import COMPONENTS, INSTANTS, MemoryProgram, memory
+from llmtrain.planner.cost.memory import COMPONENTS, INSTANTS, PLACES, MemoryProgram, memory
 from llmtrain.planner.cost.programs import Calibrated, generation_of
 from llmtrain.planner.cost.schedule import NAMES as SCHEDULES
 from llmtrain.planner.cost.step_time import step_time
@@ -25,6 +31,9 @@ from llmtrain.planner.interval import Interval
 
 ROWS_AT_ONCE = 8192
 """Candidates evaluated together: 64 KiB a column."""
+MOST_GPUS = 1 << 31
+LARGEST = 1 << 62
+"""Of sizes and of tokens a step: columns are int64."""
 RECOMPUTE_NAMES = {code: name for name, code in RECOMPUTES.items()}
 
 
@@ -52,6 +61,23 @@ class Problem:
         for name in ("seq_len", "global_batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.cluster.num_gpus > MOST_GPUS:
+            raise ConfigError(
+                f"cluster.nodes={self.cluster.num_nodes} of {self.cluster.gpus_per_node} GPUs are "
+                f"{self.cluster.num_gpus:,} GPUs, and layouts are searched for up to {MOST_GPUS:,}; lower "
+                "cluster.nodes"
+            )
+        if self.global_batch_rows * self.seq_len > LARGEST:
+            raise ConfigError(
+                f"a batch of {self.global_batch_rows:,} rows of {self.seq_len:,} tokens is more than "
+                f"{LARGEST:,} tokens; lower plan.global_batch_tokens or data.seq_len"
+            )
+        for name, size in architecture.columns(self.arch).items():
+            if size > LARGEST:
+                raise ConfigError(
+                    f"{name}={size:.3g} of {self.arch.name} is more than {LARGEST:,}, the largest size that "
+                    "is costed; lower the budget, model.params or model.vocab_size"
+                )
         self.cluster.gpu.peak(self.precision)  # raises where the GPU has none
 
     @property
@@ -97,6 +123,8 @@ class Choice:
     """Bytes by component at the fullest instant; they add up to what is allocated."""
     instant: str
     """The fullest."""
+    place: str
+    """Of the fullest rank in a pipeline: first, middle or last."""
     reason: str = ""
     """Why it was not chosen, in words with numbers; empty for the one that was."""
 
@@ -135,17 +163,44 @@ class Columns:
 
     def least_bytes(self, g: Grid) -> np.ndarray:
         """What weights, gradients and optimizer states of each layout's blocks take: never more than
-        `peak_bytes`, and found in a hundredth of its time. Feed-forward layers of models with experts, which
-        stages may have unequal numbers of, are left out."""
+        `peak_bytes`, and found in a hundredth of its time. Of models with experts attention and experts
+        count, for stages may have unequal numbers of other feed-forward layers."""
         one = self.candidates(g.rows(slice(0, 1)))
-        layer = attention_params(one) + np.where(one.num_moe_layers > 0, 0.0, dense_mlp_params(one))
+        has_experts = one.num_moe_layers > 0
+        layer = attention_params(one) + np.where(has_experts, 0.0, dense_mlp_params(one))
+        experts = expert_params(one) * one.num_moe_layers / one.num_layers
         num_layers = self.fixed["num_layers"]
         on_rank = np.minimum(np.ceil(num_layers / (g.pp * g.vpp)) * g.vpp, num_layers)
         p = self.costs.memory_program
         tables = np.array([p.weights, p.gradients, p.masters, p.moments]).sum(axis=0)
         whole, shared = tables[:, 0][g.zero_stage], tables[:, 1][g.zero_stage]
-        states = on_rank * layer / g.tp * (whole + shared / (g.dp * g.cp))
-        found: np.ndarray = states * (1 + p.slack) * p.spread[1] + p.context_bytes
+        data_ranks = g.dp * g.cp
+        states = layer * (whole + shared / data_ranks)
+        states = states + experts / g.ep * (whole + shared / np.maximum(1.0, data_ranks / g.ep))
+        found: np.ndarray = on_rank * states / g.tp * (1 + p.slack) * p.spread[1] + p.context_bytes
+        return found
+
+    def fitting_bytes(self, g: Grid) -> np.ndarray:
+        """`peak_bytes` of layouts that fit, and infinity of all others: most of those need no look.
+
+        One whose `least_bytes` are too many does not fit. Nor does one with more rows a micro batch than
+        another that is the same elsewhere and does not fit, unless its step is a single micro batch: then
+        gradients need not be kept from one to the next.
+        """
+        found = np.full(len(g), np.inf)
+        may_fit = self.least_bytes(g) <= self.usable_bytes
+        alike = _alike_but_for_rows(g)
+        is_single = g.micro_batch * g.dp == self.problem.global_batch_rows
+        few_fit = np.ones(int(alike.max(initial=0)) + 1, dtype=bool)
+        _, which, counts = np.unique(g.micro_batch, return_inverse=True, return_counts=True)
+        turn = ((np.cumsum(counts) - counts) // ROWS_AT_ONCE)[which]  # the fewest rows first
+        for now in np.unique(turn):
+            at = np.flatnonzero(may_fit & (turn == now))
+            at = at[few_fit[alike[at]] | is_single[at]]
+            peak = self.peak_bytes(g.rows(at))
+            fits = peak <= self.usable_bytes
+            found[at[fits]] = peak[fits]
+            few_fit[alike[at[~fits]]] = False
         return found
 
     def peak_bytes(self, g: Grid) -> np.ndarray:
@@ -171,6 +226,7 @@ class Columns:
                 peak_bytes=peak.interval(row),
                 memory={name: float(getattr(peak, name)[row]) for name in COMPONENTS},
                 instant=INSTANTS[int(peak.instant[row])],
+                place=PLACES[int(peak.place[row])],
             )
             for row in range(len(g))
         ]
@@ -181,6 +237,18 @@ def _piecewise(g: Grid, evaluate: Callable[[Grid], np.ndarray]) -> np.ndarray:
     for start in range(0, len(g), ROWS_AT_ONCE):
         piece = slice(start, start + ROWS_AT_ONCE)
         found[piece] = evaluate(g.rows(piece))
+    return found
+
+
+def _alike_but_for_rows(g: Grid) -> np.ndarray:
+    """A number for each layout, that neighbours share which differ in nothing but the rows of a micro
+    batch."""
+    differs = np.zeros(len(g), dtype=bool)
+    for each in fields(Grid):
+        if each.name != "micro_batch":
+            column = getattr(g, each.name)
+            differs[1:] |= column[1:] != column[:-1]
+    found: np.ndarray = np.cumsum(differs)
     return found
 
 

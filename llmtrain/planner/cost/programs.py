@@ -11,7 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from llmtrain.errors import ConfigError, unknown_name
+from llmtrain.planner.cost.candidates import Candidates
 from llmtrain.planner.cost.step_time import Constants, Software
 
 GENERATIONS: Mapping[str, tuple[str, ...]] = {
@@ -52,12 +55,23 @@ class Calibrated:
     """Rows fitted; 0 where constants come from elsewhere."""
     source: str
     ranges: Mapping[str, tuple[float, float]]
-    """Column of Candidates -> its least and largest value among the rows fitted; empty where there are
-    none."""
+    """Of QUANTITIES -> least and largest value among the rows that the constants are from, here or on the GPU
+    that stands in; empty where there are none."""
     left_out: tuple[float, float] | None = None
     """The quantiles of the rows fitted, each left out in turn, without experts; None where there are none."""
     experts: tuple[float, float] | None = None
-    """log_low and log_high of models with experts; None: as the others."""
+    """log_low and log_high of models with experts; None: no row had any."""
+
+
+RANK_AXES = ("pp", "dp", "cp", "tp", "ep")
+QUANTITIES = ("tokens", "seq_len", "d_model", *RANK_AXES, "world_size")
+"""What says where constants are known: columns of Candidates, and pp * dp * cp * tp ranks."""
+
+
+def quantity(c: Candidates, name: str) -> np.ndarray:
+    """A column by its name of QUANTITIES."""
+    found: np.ndarray = c.pp * c.dp * c.cp * c.tp if name == "world_size" else getattr(c, name)
+    return found
 
 
 OTHER_CLUSTER = 0.05
@@ -91,7 +105,7 @@ def _fitted(
         log_high=high,
         num_rows=num_rows,
         source=source,
-        ranges=ranges,
+        ranges={**dict.fromkeys(RANK_AXES, (1.0, 1.0)), **ranges},
         left_out=left_out,
         experts=experts,
     )
@@ -104,6 +118,9 @@ class Program:
     calibrated: Mapping[str, Calibrated]
     """By generation."""
     source: str
+    fp8_spread: float = 0.1
+    """What the interval has in fp8 on top, in quadrature: FP8_SPEED is known to 15%, and products are most of
+    a step. Assumed; 0 where the rows fitted are in fp8 as well, so that their errors say it."""
     compiled_passes: float | None = None
     """`elementwise_passes` under torch.compile; None: the program has no such switch."""
 
@@ -124,15 +141,17 @@ class Program:
 
         Args:
             gpu_name: As in tables/cost/gpus.csv; one of an unknown kind is taken for a Hopper.
-            has_experts: Whether the interval is that of models with experts, which are less well known.
+            has_experts: Whether the interval is that of models with experts, which are less well known: half
+                more than a guess where no row had any.
         """
         generation = generation_of(gpu_name)
         if generation is not None and generation in self.calibrated:
             found = self.calibrated[generation]
         else:
             found = _guessed(self, generation)
-        if has_experts and found.experts is not None:
-            found = replace(found, log_low=found.experts[0], log_high=found.experts[1])
+        if has_experts:
+            low, high = found.experts or (1.5 * GUESS_LOW, 1.5 * GUESS_HIGH)
+            found = replace(found, log_low=min(low, found.log_low), log_high=max(high, found.log_high))
         return found
 
 
@@ -195,7 +214,7 @@ def _guessed(program: Program, generation: str | None) -> Calibrated:
         log_high=GUESS_HIGH,
         num_rows=0,
         source=f"guessed from {program.name} on {nearest}; assumed, not measured",
-        ranges={},
+        ranges=known.ranges,
         experts=(1.5 * GUESS_LOW, 1.5 * GUESS_HIGH),
     )
 
@@ -224,6 +243,7 @@ MEGATRON_DEEPSPEED = Program(
                 "pp": (1, 32),
                 "dp": (1, 64),
                 "tp": (1, 16),
+                "world_size": (2, 512),
             },
             source="VIA-Research/vTrain@f8dda84 data/ground_truth_{single,multi}.csv",
         )
@@ -232,6 +252,7 @@ MEGATRON_DEEPSPEED = Program(
 )
 LLM_FOUNDRY = Program(
     name="llm_foundry",
+    fp8_spread=0.0,
     # Triton's FlashAttention, FSDP FULL_SHARD, checkpoints of whole blocks
     software=Software(
         checkpoint_stops_early=True, attention_backward=3.5, dp_overlap=1.0, selective_attention=False
@@ -247,7 +268,13 @@ LLM_FOUNDRY = Program(
             ),
             (-0.031, 0.090),
             num_rows=78,
-            ranges={"tokens": (4096, 53248), "seq_len": (512, 32768), "d_model": (768, 8192), "dp": (8, 128)},
+            ranges={
+                "tokens": (4096, 53248),
+                "seq_len": (512, 32768),
+                "d_model": (768, 8192),
+                "dp": (8, 128),
+                "world_size": (8, 128),
+            },
             source="mosaicml/llm-foundry@8c8dd48 scripts/train/benchmarking/README.md, A100 40 GB",
         ),
         "hopper": _fitted(
@@ -260,7 +287,13 @@ LLM_FOUNDRY = Program(
             ),
             (-0.022, 0.033),
             num_rows=30,
-            ranges={"tokens": (4096, 98304), "seq_len": (512, 65536), "d_model": (1536, 8192), "dp": (8, 64)},
+            ranges={
+                "tokens": (4096, 98304),
+                "seq_len": (512, 65536),
+                "d_model": (1536, 8192),
+                "dp": (8, 64),
+                "world_size": (8, 64),
+            },
             source="mosaicml/llm-foundry@8c8dd48 scripts/train/benchmarking/README.md, H100",
         ),
     },
@@ -279,6 +312,7 @@ TORCHTITAN = Program(
         loss_bytes=20.0,
     ),
     compiled_passes=0.8,
+    fp8_spread=0.0,
     calibrated={
         "hopper": _fitted(
             Constants(
@@ -296,6 +330,7 @@ TORCHTITAN = Program(
                 "d_model": (4096, 4096),
                 "dp": (1, 8),
                 "cp": (1, 8),
+                "world_size": (8, 8),
             },
             source="pytorch/torchtitan@b5bcd76 benchmarks/llama3_h100_202412_torchtitan.md, H100 of 500 W",
         )
@@ -315,6 +350,7 @@ MEGATRON = Program(
         tp_overlap=0.5,
         overlaps_tp_backward=True,
         overlaps_sends=True,
+        overlaps_experts=True,
         splits_sends=True,
         sends_once_a_node=True,
     ),
@@ -323,14 +359,14 @@ MEGATRON = Program(
             Constants(
                 gemm_efficiency=0.7553,
                 attention_efficiency=1.206,
-                expert_efficiency=0.3913,
+                expert_efficiency=0.392,
                 memory_efficiency=0.3348,
                 launch_s=0.00087,
                 node_efficiency=0.8,
                 contention=0.2,
             ),
             (-0.063, 0.085),
-            experts=(-0.306, 0.318),
+            experts=(-0.308, 0.317),
             num_rows=9,
             ranges={
                 "tokens": (4096, 8192),
@@ -341,22 +377,23 @@ MEGATRON = Program(
                 "cp": (1, 2),
                 "tp": (1, 8),
                 "ep": (1, 64),
+                "world_size": (8, 1536),
             },
             source="NVIDIA/Megatron-LM@d98e8a6 images/model_table.png; "
             "NVIDIA-NeMo/Megatron-Bridge@067f987 docs/performance-summary-archive.md",
         ),
         "blackwell": _fitted(
             Constants(
-                gemm_efficiency=0.632,
-                attention_efficiency=0.8552,
-                expert_efficiency=0.5222,
-                memory_efficiency=0.4001,
+                gemm_efficiency=0.6348,
+                attention_efficiency=0.8542,
+                expert_efficiency=0.5291,
+                memory_efficiency=0.39,
                 launch_s=0.00087,
                 node_efficiency=0.8,
                 contention=0.2,
             ),
-            (-0.191, 0.201),
-            experts=(-0.306, 0.318),
+            (-0.193, 0.209),
+            experts=(-0.308, 0.317),
             num_rows=11,
             ranges={
                 "tokens": (4096, 16384),
@@ -367,6 +404,7 @@ MEGATRON = Program(
                 "cp": (1, 2),
                 "tp": (1, 4),
                 "ep": (1, 64),
+                "world_size": (8, 256),
             },
             source="NVIDIA-NeMo/Megatron-Bridge@067f987 docs/performance-summary-archive.md",
         ),
@@ -381,14 +419,14 @@ MEGATRON_PLAIN = Program(
             Constants(
                 gemm_efficiency=0.4303,
                 attention_efficiency=0.8491,
-                expert_efficiency=0.7847,
-                memory_efficiency=0.5844,
+                expert_efficiency=0.7087,
+                memory_efficiency=0.5821,
                 launch_s=0.00087,
                 node_efficiency=0.8,
                 contention=0.2,
             ),
             (-0.090, 0.095),
-            experts=(-0.122, 0.093),
+            experts=(-0.108, 0.085),
             num_rows=19,
             ranges={
                 "tokens": (4096, 32768),
@@ -399,6 +437,7 @@ MEGATRON_PLAIN = Program(
                 "cp": (1, 8),
                 "tp": (1, 8),
                 "ep": (1, 8),
+                "world_size": (8, 8),
             },
             source="MooreThreads/SimuMax@4dcaae5 docs/b200/b200_release_v1.2_summary.json",
         )
@@ -407,14 +446,23 @@ MEGATRON_PLAIN = Program(
 )
 
 
+MASKED_ATTENTION = 0.35
+"""llmtrain's attention over that of the programs its constants are borrowed from. It hands SDPA an additive
+mask (model/attend.py document_mask), which no flash kernel takes: on CUDA the memory-efficient one runs. That
+computes every key, where a kernel with causal skip does half of it, and is slower by itself, 0.7: assumed,
+not measured. Where SDPA has no such kernel for grouped heads it falls back on unfused products, which is not
+counted."""
+
+
 def _borrowed(known: Calibrated, attention_efficiency: float, source: str) -> Calibrated:
+    attention = attention_efficiency * MASKED_ATTENTION
     return Calibrated(
-        constants=replace(known.constants, attention_efficiency=attention_efficiency),
+        constants=replace(known.constants, attention_efficiency=attention),
         log_low=GUESS_LOW,
         log_high=GUESS_HIGH,
         num_rows=0,
         source=source,
-        ranges={},
+        ranges=known.ranges,
         experts=(1.5 * GUESS_LOW, 1.5 * GUESS_HIGH),
     )
 
@@ -430,6 +478,7 @@ LLMTRAIN = Program(
         selective_elementwise=True,
         checkpoint_stops_early=True,
         all_reduces=True,
+        context="heads",  # the search's choice wherever heads divide
     ),
     compiled_passes=0.8,
     calibrated={

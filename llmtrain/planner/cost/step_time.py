@@ -97,6 +97,13 @@ class Software:
     overlaps_tp_backward: bool = False
     """Whether the collectives of a backward pass run beside the products for gradients of weights
     (Megatron-LM since 2021, LinearWithGradAccumulationAndAsyncAllreduce)."""
+    context: str = "gather"
+    """What context-parallel ranks exchange: keys and values of all of them (gather; a ring moves as many
+    bytes), or heads, where cp divides a tensor-parallel rank's, for whole rows (heads: all-to-all,
+    arXiv:2309.14509), else gather."""
+    overlaps_experts: bool = False
+    """Whether under DualPipe tokens travel to experts and back behind another micro batch's computation
+    (arXiv:2412.19437, section 3.2.1)."""
     sends_once_a_node: bool = False
     """Whether a token goes to a node once, for all its experts there (DeepEP, arXiv:2412.19437, section
     3.2.2)."""
@@ -183,6 +190,9 @@ def step_time(c: Candidates, software: Software, k: Constants) -> StepTime:
 
     # one block, one micro batch
     gpu_forward = products + attention + elementwise
+    if software.overlaps_experts:
+        is_dual = (c.schedule == schedule.DUAL_PIPE_V) & (c.pp > 1)
+        ep = np.where(is_dual, _exposed(ep, gpu_forward, k.contention), ep)
     gpu_backward = products_backward + attention_backward + 1.5 * elementwise
     launch_forward = _launch_s(gpu_forward, k.launch_s, k)
     launch_backward = _launch_s(gpu_backward, 1.5 * k.launch_s, k)
@@ -213,9 +223,8 @@ def step_time(c: Candidates, software: Software, k: Constants) -> StepTime:
     )
     block = gpu_forward + launch_forward + gpu_backward + launch_backward + again
     window = num_layers * (block + tp_block) + loss
-    owned = np.where(c.zero_stage >= 1, c.dp * c.cp, 1.0)
-    reductions = np.where(c.zero_stage >= 2, m, 1.0)
-    state_bytes = (OPTIMIZER_BYTES / owned + k.gradient_bytes * reductions) * rank_params(c)
+    reductions = np.where(c.zero_stage >= 2, m, np.where(c.zero_stage == 1, 1.0, 0.0))
+    state_bytes = OPTIMIZER_BYTES * _owned_params(c) + k.gradient_bytes * reductions * rank_params(c)
     parts = {
         "products": passes * (products + products_backward),
         "attention": passes * (attention + attention_backward),
@@ -397,12 +406,25 @@ def _tp_s(c: Candidates, links: collectives.Links, software: Software) -> np.nda
 
 
 def _cp_s(c: Candidates, links: collectives.Links, software: Software) -> np.ndarray:
-    """Keys and values of all ranks, gathered; a ring moves as many bytes. Nothing is hidden."""
+    """Keys and values of all ranks, gathered, or heads exchanged: `Software.context`. Nothing is hidden."""
     width = np.where(
         c.kv_rank > 0, c.num_heads * (c.head_width + c.value_width), 2 * c.num_kv_heads * c.head_width
     )
     num_bytes = software.element_bytes * c.tokens * c.cp * width / c.tp
-    return collectives.all_gather_s(num_bytes, links, size=c.cp, stride=c.tp)
+    gathered = collectives.all_gather_s(num_bytes, links, size=c.cp, stride=c.tp)
+    if software.context == "gather" or not (c.cp > 1).any():
+        return gathered
+    # of a tensor-parallel rank; a key/value head goes to every rank whose query heads need it, as in
+    # parallel/volume.py cp_bytes
+    heads, kv_heads = c.num_heads / c.tp, np.maximum(1.0, c.num_kv_heads / c.tp)
+    divides = (c.num_heads % (c.tp * c.cp) == 0) & (heads % kv_heads == 0) & (c.kv_rank == 0)
+    served = np.where(divides, heads / kv_heads, 1.0).astype(np.int64)
+    repeats = served / np.gcd(served, np.where(divides, heads / c.cp, 1.0).astype(np.int64))
+    sent = software.element_bytes * c.tokens * c.head_width * (2 * heads + 2 * kv_heads * repeats)
+    exchanged = collectives.all_to_all_s(sent, links, size=c.cp, stride=c.tp)
+    exchanged = exchanged + np.where(c.cp > 1, links.call_s, 0.0)  # q, k and v go at once, the result back
+    found: np.ndarray = np.where(divides, exchanged, gathered)
+    return found
 
 
 def _ep_s(c: Candidates, links: collectives.Links, software: Software, k: Constants) -> np.ndarray:
@@ -448,14 +470,14 @@ def _dp_s(
     | 3 | | weights gathered twice, gradients reduce-scattered |
 
     Each hides behind one micro batch's computation and tensor-parallel collectives, `window`. A ring that
-    waits for the network leaves the GPU's memory alone meanwhile: its contention is less by as much.
+    waits for the network leaves the GPU's memory alone meanwhile: its contention is less by as much. Experts'
+    weights go round the ranks that hold the same ones, dp * cp / ep of them.
     """
     size, stride = c.dp * c.cp, c.tp
-    params = rank_params(c)
-    gradient_bytes, weight_bytes = software.grad_bytes * params, software.element_bytes * params
     contention = k.contention * collectives.ring_bytes_s(links, size=size, stride=stride) / links.link_bytes_s
     hides = software.dp_overlap * window
-    scattered = collectives.all_gather_s(gradient_bytes, links, size=size, stride=stride)
+    scattered = _sharded_s(c, links, software.grad_bytes)
+    gathered = _sharded_s(c, links, software.element_bytes)
     if software.all_reduces:
         scattered = scattered * np.where((c.zero_stage == 1) | (c.zero_stage == 2), 2.0, 1.0)
     found = np.zeros(len(c))
@@ -463,7 +485,6 @@ def _dp_s(
         here = c.zero_stage == stage
         if not here.any():
             continue
-        gathered = collectives.all_gather_s(weight_bytes, links, size=size, stride=stride)
         if stage == 3:
             each = 2 * gathered + scattered
             first = each / np.maximum(c.num_layers, 1.0)  # the first block's weights: nothing runs meanwhile
@@ -474,6 +495,33 @@ def _dp_s(
         else:
             seconds = _exposed(scattered + (gathered if stage else scattered), hides, contention)
         found = np.where(here, seconds, found)
+    return found
+
+
+def _sharded_s(c: Candidates, links: collectives.Links, bytes_a_weight: float) -> np.ndarray:
+    """Seconds to gather, or to reduce and scatter, all weights of a rank over the ranks that share them."""
+    experts = rank_expert_params(c)
+    num_bytes = bytes_a_weight * (rank_params(c) - experts)
+    found = collectives.all_gather_s(num_bytes, links, size=c.dp * c.cp, stride=c.tp)
+    if not experts.any():
+        return found
+    of_experts = collectives.all_gather_s(
+        bytes_a_weight * experts, links, size=_expert_copies(c), stride=c.tp * c.ep
+    )
+    return found + np.where(experts > 0, of_experts, 0.0)
+
+
+def _expert_copies(c: Candidates) -> np.ndarray:
+    """Ranks that hold the same experts."""
+    found: np.ndarray = np.maximum(1.0, c.dp * c.cp / c.ep)
+    return found
+
+
+def _owned_params(c: Candidates) -> np.ndarray:
+    """Weights that a rank's optimizer updates."""
+    is_sharded, experts = c.zero_stage >= 1, rank_expert_params(c)
+    dense = (rank_params(c) - experts) / np.where(is_sharded, c.dp * c.cp, 1.0)
+    found: np.ndarray = dense + experts / np.where(is_sharded, _expert_copies(c), 1.0)
     return found
 
 
@@ -495,4 +543,10 @@ def rank_params(c: Candidates) -> np.ndarray:
         c.pp > 1, c.vocab_size * c.d_model, embedding_params(c) + (1 - c.is_tied) * c.vocab_size * c.d_model
     )
     found: np.ndarray = (c.layers_per_rank * layer + end) / c.tp + c.layers_per_rank * norm_params(c)
+    return found
+
+
+def rank_expert_params(c: Candidates) -> np.ndarray:
+    """Those of them that are routed experts'."""
+    found: np.ndarray = c.layers_per_rank * c.num_moe_layers / c.num_layers * expert_params(c) / c.ep / c.tp
     return found

@@ -468,7 +468,7 @@ def forecast_loss(
 
     The middle is the law whose fitted range lies nearest. The ends are the lowest and the highest law, moved
     outwards by TEXT_FACTOR, because none of them saw the user's text; above is log(vocab_size), the loss of a
-    model that has learned nothing.
+    model that has learned nothing. Where every law says more than that, none speaks of such runs: low is 0.
     """
     by_law = {
         law.name: parametric_loss(law.form, num_params, num_tokens)
@@ -481,9 +481,10 @@ def forecast_loss(
     nearest = min(by_law, key=lambda name: (distance[name], list(by_law).index(name)))
     learned_nothing = math.log(vocab_size)
     mid = min(by_law[nearest], learned_nothing)
+    low = min(by_law.values()) / TEXT_FACTOR
     return LossForecast(
         loss=Interval(
-            low=min(min(by_law.values()) / TEXT_FACTOR, mid),
+            low=min(low, mid) if low < learned_nothing else 0.0,
             mid=mid,
             high=min(max(by_law.values()) * TEXT_FACTOR, learned_nothing),
         ),
