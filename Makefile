@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all bench-planner lint clean
+.PHONY: setup demo test test-all test-slurm bench-planner lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -34,7 +34,11 @@ test: setup
 	$(PYTEST)
 
 test-all: setup
-	$(PYTEST) -m "not gpu" --timeout 3600
+	$(PYTEST) -m "not gpu and not slurm" --timeout 3600
+
+# A Slurm of its own on loopback, as root with apt; else it skips. About ten minutes.
+test-slurm: setup
+	$(BIN)/python -m pytest -n 0 -m slurm tests/slurm --timeout 1800
 
 bench-planner: setup
 	$(BIN)/llmtrain bench planner out=plans/accuracy.json

@@ -90,6 +90,7 @@ LIGHT_VERBS = {
     "cli.data",
     "cli.report",
     "cli.status",
+    "cli.submit",
     "cli.watch",
     "cli.tensorboard",
     "cli.train",

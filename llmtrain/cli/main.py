@@ -12,6 +12,7 @@ VERBS = {
     "data": "raw text to shards of tokens: scan, decide, tokenize, pack",
     "plan": "a budget to a model, tokens, a layout and a bill, and an experiment YAML",
     "train": "train, or resume, or with check_only=true find every mistake first",
+    "submit": "train, data or evaluate as a job of Slurm: checked, written, handed over",
     "verify": "a small copy of a training config on its layout against one process: same numbers?",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
