@@ -45,8 +45,7 @@ from llmtrain.planner.cost.cluster import PROCESS_LINK_SHARE, THIS_MACHINE, Clus
 from llmtrain.planner.cost.costs import find_costs
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.prediction import predict
-from llmtrain.tracking.metrics import read_lines
-from llmtrain.tracking.run_data import SETTLING_STEPS
+from llmtrain.tracking.metrics import SETTLING_STEPS, read_lines
 
 NUM_ROUNDS = 2
 STEPS_A_ROUND = 5

@@ -26,8 +26,8 @@ from llmtrain.planner.cost.cluster import CUSTOM, THIS_MACHINE, Cluster, Cluster
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.programs import generation_of
 from llmtrain.tracking.facts import cpu_name
-from llmtrain.tracking.metrics import Record
-from llmtrain.tracking.run_data import SETTLING_STEPS, RunData, as_number, read_run
+from llmtrain.tracking.metrics import SETTLING_STEPS, Record
+from llmtrain.tracking.run_data import RunData, as_number, read_run
 from llmtrain.units import format_bytes, format_duration
 
 CHECKPOINT_BYTES = 12

@@ -39,7 +39,7 @@ from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.memory import PLACES, MemoryProgram, memory
 from llmtrain.planner.cost.programs import Calibrated, generation_of
 from llmtrain.planner.cost.step_time import Constants, step_time
-from llmtrain.planner.interval import Interval
+from llmtrain.planner.interval import Interval, decades_between
 
 FORMAT_VERSION = 1
 
@@ -183,7 +183,7 @@ class Calibration:
             outside.append((1.0, f"the precision is {layout.precision}, and the runs' {self.precision}"))
         for name, value in quantities_of(arch, layout, cluster).items():
             least, most = self.ranges.get(name, (value, value))
-            decades = max(_decades(value, most), _decades(least, value))
+            decades = max(decades_between(value, most), decades_between(least, value))
             if decades:
                 span = f"{least:g}" if least == most else f"{least:g} to {most:g}"
                 outside.append((decades, f"{name}={value:g}, and the runs' {span}"))
@@ -270,12 +270,6 @@ CANDIDATES_KNOW = ("tokens", "seq_len", "pp", "dp", "cp", "tp", "ep")
 def _names(runs: Sequence[str]) -> str:
     more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
     return f"{len(runs)} run{'s' if len(runs) > 1 else ''}: {', '.join(runs[:3])}{more}"
-
-
-def _decades(more: float, less: float) -> float:
-    if more <= less:
-        return 0.0
-    return math.log10(more / less) if less > 0 else 1.0
 
 
 # -- the fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,3 +17,10 @@ class Interval:
     def scaled(self, factor: float) -> Interval:
         """Times a factor above 0."""
         return Interval(low=self.low * factor, mid=self.mid * factor, high=self.high * factor)
+
+
+def decades_between(more: float, less: float) -> float:
+    """Powers of ten between two sizes; one decade from none to some."""
+    if more <= less:
+        return 0.0
+    return math.log10(more / less) if less > 0 else 1.0

@@ -14,12 +14,12 @@ from llmtrain.planner.cost.cluster import THIS_MACHINE
 from llmtrain.planner.cost.layouts import describe
 from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.laws import (
-    DEFAULT_LAW,
     FLOPS_PER_PARAM_TOKEN,
     Band,
     Parametric,
     band,
     find_law,
+    loss_of,
     optimal_params,
     parametric_loss,
 )
@@ -136,7 +136,7 @@ def plan_page(planned: Planned, *, commands: Sequence[str] = ()) -> str:
         card("What every law would train for these FLOPs", laws_table(planned, found), "wide"),
         card(
             "Smaller and longer, bigger and shorter",
-            over_training_table(*_form(plan.law), planned.target.flops),
+            over_training_table(*loss_of(find_law(plan.law)), planned.target.flops),
             "wide",
         ),
         card("Keep in mind", listed(notes(planned)), "wide"),
@@ -216,20 +216,10 @@ def _tiles(plan: PlanFile, found: Band) -> str:
 # -- size against tokens
 
 
-def _form(name: str) -> tuple[str, Parametric]:
-    """The law's loss and its name; where it has none, the default's."""
-    form = find_law(name).form
-    if isinstance(form, Parametric):
-        return name, form
-    default = find_law(DEFAULT_LAW).form
-    assert isinstance(default, Parametric), "the default law has a loss"
-    return DEFAULT_LAW, default
-
-
 def iso_flops(planned: Planned, found: Band) -> Valleys:
     """Loss against parameters along budgets around the plan's, and the laws' optima at its own."""
     plan, flops = planned.plan, planned.target.flops
-    _, form = _form(plan.law)
+    _, form = loss_of(find_law(plan.law))
     size, tokens = float(num_params(plan.choice.model)), float(plan.choice.total_tokens)
     unique = plan.unique_tokens if plan.unique_tokens is not None and plan.unique_tokens < tokens else None
     lowest = {share: float(optimal_params(form, share * flops)) for share in BUDGETS}
@@ -297,7 +287,7 @@ def _arms(loss: Callable[[float], float], best: float, top: float) -> tuple[list
 
 def _sizes(planned: Planned, found: Band) -> str:
     plan = planned.plan
-    name, _ = _form(plan.law)
+    name, _ = loss_of(find_law(plan.law))
     chart = iso_flops(planned, found)
     said = [f"Curves: {name}" + ("." if name == plan.law else f", because {plan.law} has no loss.")]
     spent = FLOPS_PER_PARAM_TOKEN * num_params(plan.choice.model) * plan.choice.total_tokens

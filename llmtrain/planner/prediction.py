@@ -34,7 +34,7 @@ from llmtrain.planner.cost.memory import COMPONENTS, INSTANTS, MemoryProgram, me
 from llmtrain.planner.cost.programs import GUESS_HIGH, Calibrated, find_program, generation_of, quantity
 from llmtrain.planner.cost.schedule import NAMES as SCHEDULES
 from llmtrain.planner.cost.step_time import step_time
-from llmtrain.planner.interval import Interval
+from llmtrain.planner.interval import Interval, decades_between
 
 Model = Architecture | ModelConfig | str
 """A graph, a configuration of ours, or a name of tables/cost/models.csv."""
@@ -453,7 +453,7 @@ def distance_of(c: Candidates, row: int, calibrated: Calibrated) -> Distance:
     outside = {}
     for name, (least, most) in calibrated.ranges.items():
         value = float(quantity(c, name)[row])
-        outside[name] = max(0.0, _decades(value, most), _decades(least, value))
+        outside[name] = max(0.0, decades_between(value, most), decades_between(least, value))
     column = max(outside, key=lambda name: outside[name])
     least, most = calibrated.ranges[column]
     those = f"{calibrated.num_rows} rows fitted" if calibrated.num_rows else "rows behind its constants"
@@ -464,10 +464,3 @@ def distance_of(c: Candidates, row: int, calibrated: Calibrated) -> Distance:
     source = f" ({calibrated.source})" if calibrated.num_rows else ""
     text = f"{column}={value:g} where the {those} have {span}{source}"
     return Distance(decades=outside[column], column=column, text=text)
-
-
-def _decades(more: float, less: float) -> float:
-    """Powers of ten between two sizes; one decade from none to some."""
-    if more <= less:
-        return 0.0
-    return math.log10(more / less) if less > 0 else 1.0

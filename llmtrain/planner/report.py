@@ -15,7 +15,7 @@ from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.cost.layouts import describe
 from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.inference import over_training
-from llmtrain.planner.loss.laws import DEFAULT_LAW, TEXT_FACTOR, Band, Parametric, band, find_law
+from llmtrain.planner.loss.laws import TEXT_FACTOR, Band, band, find_law, loss_of
 from llmtrain.planner.loss.repetition import CHEAP_EPOCHS, Repeated, repeated
 from llmtrain.planner.loss.repetition import notes as repetition_notes
 from llmtrain.planner.make import Planned
@@ -211,20 +211,11 @@ def _repeats(planned: Planned) -> Repeated | None:
     if unique is None or unique >= plan.choice.total_tokens:
         return None
     return repeated(
-        _form(planned)[0],
+        loss_of(find_law(plan.law))[1],
         num_params=num_params(plan.choice.model),
         num_tokens=plan.choice.total_tokens,
         unique_tokens=unique,
     )
-
-
-def _form(planned: Planned) -> tuple[Parametric, str]:
-    """The loss of the plan's law, or of the default where it has none; and whose it is."""
-    for name in (planned.plan.law, DEFAULT_LAW):
-        form = find_law(name).form
-        if isinstance(form, Parametric):
-            return form, name
-    raise AssertionError("the default law has a loss")
 
 
 # -- blocks of the page
@@ -424,7 +415,7 @@ def _sensitivity(plan: PlanFile) -> list[str]:
 
 
 def _over_training(planned: Planned) -> list[str]:
-    form, by = _form(planned)
+    by, form = loss_of(find_law(planned.plan.law))
     rows: list[tuple[str, ...]] = [
         ("tokens/param", "parameters", "tokens", "training FLOPs", "a served token", "loss of the same FLOPs")
     ]

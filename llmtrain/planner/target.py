@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from llmtrain.errors import ConfigError, unknown_name
 from llmtrain.planner.loss.inference import ServedPlan, inference_optimum
 from llmtrain.planner.loss.laws import (
-    DEFAULT_LAW,
     FLOPS_PER_PARAM_TOKEN,
     LAWS,
     Law,
     Optimum,
     Parametric,
+    loss_of,
     optimal_params,
     optimum,
     parametric_loss,
@@ -153,15 +153,12 @@ def choose_target(law: Law, wishes: Wishes) -> Target:
 
 def _form(law: Law, notes: list[str], *, is_asked: bool) -> Parametric:
     """The law's loss; where it has none, the default's."""
-    if isinstance(law.form, Parametric):
-        return law.form
-    if is_asked:
+    name, form = loss_of(law)
+    if is_asked and name != law.name:
         notes.append(
-            f"{law.name} says nothing about losses: what serving and repeated text cost is by {DEFAULT_LAW}"
+            f"{law.name} says nothing about losses: what serving and repeated text cost is by {name}"
         )
-    default = LAWS[DEFAULT_LAW].form
-    assert isinstance(default, Parametric), "the default law has a loss"
-    return default
+    return form
 
 
 def _by_compute(

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 Record = dict[str, Any]  # values are whatever JSON holds
 
+SETTLING_STEPS = 3
+"""First steps of an attempt that warm caches up; medians of time and rate leave them out."""
+
 
 class MetricsFile:
     """Appends records. A line is one write to the operating system, so a kill tears at most one."""

@@ -15,11 +15,9 @@ from llmtrain.errors import DiskError, LLMTrainError
 from llmtrain.planner.plan import Forecast
 from llmtrain.tracking.config import TrackingConfig, WandbMode
 from llmtrain.tracking.console import Console
-from llmtrain.tracking.metrics import MetricsFile, read_lines
+from llmtrain.tracking.metrics import SETTLING_STEPS, MetricsFile, read_lines
 from llmtrain.tracking.wandb import WandbSink
 
-SETTLING_STEPS = 3
-"""Of an attempt: slower than the rest, and left out of what is held against a plan."""
 KEPT_STEPS = 2048
 """The latest, of which the medians held against a plan are."""
 

@@ -19,12 +19,9 @@ from llmtrain.errors import ConfigError, DataError
 from llmtrain.files import read_json
 from llmtrain.planner.plan import Forecast, PlanFile, read_plan
 from llmtrain.planner.runs import forecast_of_run
-from llmtrain.tracking.metrics import Record, attempt_begins, read_lines, standing
+from llmtrain.tracking.metrics import SETTLING_STEPS, Record, attempt_begins, read_lines, standing
 
 log = logging.getLogger(__name__)
-
-SETTLING_STEPS = 3
-"""First steps of an attempt that warm caches up; medians of time and rate leave them out."""
 
 ENDINGS = ("finished", "stopped", "diverged", "failed")
 """Events that end an attempt. An attempt with none of them was killed, or still runs."""

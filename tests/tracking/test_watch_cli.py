@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
@@ -70,8 +69,7 @@ class Screen:
                     assert words in self.text, f"no {words!r} in {self.text[-3000:]!r}"
 
     def end(self):
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        self.process.kill()
         self.process.wait()
         os.close(self.master)
 

@@ -333,6 +333,14 @@ def find_law(name: str) -> Law:
     return LAWS[name]
 
 
+def loss_of(law: Law) -> tuple[str, Parametric]:
+    """The law's loss and its name; where it has none, the default's."""
+    for each in (law, LAWS[DEFAULT_LAW]):
+        if isinstance(each.form, Parametric):
+            return each.name, each.form
+    raise AssertionError("the default law has a loss")
+
+
 def optimum(law: Law, flops: float) -> Optimum:
     """Return the N and D with 6ND = `flops` that the law prefers."""
     if isinstance(law.form, PowerLaw):
