@@ -90,10 +90,6 @@ def grid(**columns: np.ndarray | int) -> Grid:
 # -- llmtrain: a mask for every rule of parallel/compatibility.py, true where it is broken
 
 
-def _no(g: Grid) -> np.ndarray:
-    return np.zeros(len(g), dtype=bool)
-
-
 def _when(claim: bool, mask: np.ndarray) -> np.ndarray:
     return mask if claim else np.zeros(len(mask), dtype=bool)
 
