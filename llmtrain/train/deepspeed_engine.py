@@ -29,7 +29,7 @@ from llmtrain.checkpoint.format import FlatSource, Piece
 from llmtrain.loader.batches import Batch
 from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.mpu import Mpu
-from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
+from llmtrain.train.config import OptimizerConfig, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
 from llmtrain.train.engine import StepResult
 from llmtrain.train.muon import Held, Muon
@@ -47,12 +47,6 @@ import deepspeed
 import deepspeed.ops
 import deepspeed.runtime.zero.muon.muon_optimizer  # `initialize` would import it, and torch._dynamo with it
 from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-WORKING_DTYPES = {
-    Precision.fp32: torch.float32,
-    Precision.bf16: torch.bfloat16,
-    Precision.fp16: torch.float16,
-}
 
 
 def join_deepspeed(device: torch.device) -> None:
@@ -96,7 +90,7 @@ class DeepSpeedEngine:
     def _initialize(
         self, config: dict[str, Any], train: TrainConfig, optimizer: OptimizerConfig
     ) -> tuple[Any, Any]:
-        with self._build_context(config, train):
+        with self._build_context(config):
             model = self.placement.build(train)
         self._fit_out(model)
         engine, wrapped, *_ = deepspeed.initialize(
@@ -106,14 +100,13 @@ class DeepSpeedEngine:
             compile_blocks(model)
         return engine, wrapped
 
-    def _build_context(self, config: dict[str, Any], train: TrainConfig) -> AbstractContextManager[Any]:
+    def _build_context(self, config: dict[str, Any]) -> AbstractContextManager[Any]:
         """At ZeRO-3 every weight is split as soon as it exists."""
         if self.zero_stage < 3:
             return torch.device("meta")
-        dtype = WORKING_DTYPES[train.precision]
+        # Not by dtype=: DeepSpeed 0.19.8 takes bf16 in its place on a CPU without fp16 instructions.
         context: AbstractContextManager[Any] = deepspeed.zero.Init(
             config_dict_or_path=config,
-            dtype=dtype,
             mpu=self.mpu,
             data_parallel_group=self.mpu.get_data_parallel_group(),
         )
