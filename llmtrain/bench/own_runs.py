@@ -12,7 +12,6 @@ busiest rank instead. They know no waiting, so pipelines are then left out of th
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -41,7 +40,7 @@ from llmtrain.errors import ConfigError, LLMTrainError, unknown_name
 from llmtrain.model.config import ModelConfig
 from llmtrain.planner.calibrate import Observation, calibrate
 from llmtrain.planner.cost.architecture import from_model_config
-from llmtrain.planner.cost.cluster import PROCESS_LINK_SHARE, THIS_MACHINE, Cluster, Gpu
+from llmtrain.planner.cost.cluster import THIS_MACHINE, Cluster, this_cpu
 from llmtrain.planner.cost.costs import find_costs
 from llmtrain.planner.cost.layout import Layout
 from llmtrain.planner.prediction import predict
@@ -373,28 +372,15 @@ def observation_of(run: TinyRun, measured: Measured, cluster: Cluster, *, clock:
     )
 
 
-def this_machine() -> Cluster:
-    """Two ranks, a core each. Their links: what cluster.py takes two processes to exchange."""
-    command = [sys.executable, "-m", "llmtrain.bench._own_run_rank"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    told = json.loads(done.stdout)
-    link = told["copied_bytes_s"] * PROCESS_LINK_SHARE
-    gpu = Gpu(
-        name=THIS_MACHINE,
-        peak_flops={"fp32": told["peak_flops"]},
-        mem_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        mem_bytes_s=told["copied_bytes_s"],
-        link_bytes_s=link,
-        num_multiprocessors=1,
-        source="one core, measured here",
-    )
+def this_machine(num_ranks: int) -> Cluster:
+    """As it is for each of so many ranks, a core each: a lone one has caches and memory to itself."""
+    gpu = this_cpu(num_ranks, threads_per_rank=1)
     return Cluster(
         name=THIS_MACHINE,
         gpu=gpu,
-        gpus_per_node=2,
+        gpus_per_node=num_ranks,
         num_nodes=1,
-        node_bytes_s=link,
+        node_bytes_s=gpu.link_bytes_s,
         price_usd_per_gpu_hour=None,
         price_date=None,
         price_source="",
@@ -403,22 +389,27 @@ def this_machine() -> Cluster:
     )
 
 
-def judged(measured: Mapping[str, Measured], cluster: Cluster, *, clock: str) -> list[Row]:
-    """The figures, and beside each run's measured seconds and bytes what was foretold."""
+def judged(measured: Mapping[str, Measured], clusters: Mapping[int, Cluster], *, clock: str) -> list[Row]:
+    """The figures, and beside each run's measured seconds and bytes what was foretold.
+
+    Args:
+        clusters: by the number of ranks that share the machine.
+    """
 
     def observed(runs: Iterable[TinyRun]) -> list[Observation]:
-        return [observation_of(each, measured[each.name], cluster, clock=clock) for each in runs]
+        return [
+            observation_of(each, measured[each.name], clusters[each.num_ranks], clock=clock) for each in runs
+        ]
 
     calibration = calibrate(observed(CALIBRATION)).calibration
-    gpu_name = cluster.gpu.name
-    shipped = find_costs("llmtrain", gpu_name=gpu_name, precision="fp32").memory_program
+    shipped = find_costs("llmtrain", gpu_name=THIS_MACHINE, precision="fp32").memory_program
     rows: list[Row] = []
     time_errors, memory_errors = [], []
     for each in observed(RUNS):
         told = predict(
             each.arch,
             each.layout,
-            cluster,
+            each.cluster,
             program="llmtrain",
             constants=calibration.calibrated(),
             memory_program=calibration.memory_program(shipped),
@@ -466,7 +457,7 @@ def run(config: BenchConfig) -> list[Row]:
     clock, num_rounds = config.option("clock", "wall"), config.option("rounds", NUM_ROUNDS)
     if clock not in CLOCKS:
         raise ConfigError(unknown_name("clock", clock, CLOCKS))
-    cluster = this_machine()
+    clusters = {num_ranks: this_machine(num_ranks) for num_ranks in (1, 2)}
     measured = {each.name: Measured() for each in (*CALIBRATION, *RUNS)}
     with tempfile.TemporaryDirectory(prefix="llmtrain-bench-") as name:
         seq_lens = {int(each.settings["data.seq_len"]) for each in (*CALIBRATION, *RUNS)}
@@ -482,4 +473,4 @@ def run(config: BenchConfig) -> list[Row]:
                     num_steps=config.scaled(STEPS_A_ROUND, least=2),
                     into=measured[each.name],
                 )
-    return judged(measured, cluster, clock=clock)
+    return judged(measured, clusters, clock=clock)

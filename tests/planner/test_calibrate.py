@@ -390,7 +390,9 @@ def all_as_predicted(cluster):
 
 def test_own_runs_that_took_what_is_predicted_have_no_error(one_core):
     measured = all_as_predicted(one_core)
-    figures = {row.name: row.value for row in own_runs.judged(measured, one_core, clock="wall")}
+    figures = {
+        row.name: row.value for row in own_runs.judged(measured, {1: one_core, 2: one_core}, clock="wall")
+    }
     for name in ("step_time_mean", "step_time_max", "memory_mean", "memory_max"):
         assert figures[f"own_runs_{name}_error"] == pytest.approx(0.0, abs=0.01)  # percent; bytes are whole
 
@@ -399,7 +401,7 @@ def test_own_runs_errors_are_of_the_twelve_that_did_not_calibrate(one_core):
     measured = all_as_predicted(one_core)
     last = measured[own_runs.RUNS[-1].name]
     last.step_s[0] *= 2
-    rows = own_runs.judged(measured, one_core, clock="wall")
+    rows = own_runs.judged(measured, {1: one_core, 2: one_core}, clock="wall")
     figures = {row.name: row.value for row in rows}
     assert figures["own_runs_step_time_max_error"] == pytest.approx(50.0, abs=0.01)
     assert figures["own_runs_step_time_mean_error"] == pytest.approx(50.0 / 12, abs=0.01)
@@ -409,7 +411,7 @@ def test_own_runs_errors_are_of_the_twelve_that_did_not_calibrate(one_core):
 
 def test_cpu_seconds_know_no_waiting_so_pipelines_are_left_out(one_core):
     measured = all_as_predicted(one_core)
-    names = [row.name for row in own_runs.judged(measured, one_core, clock="cpu")]
+    names = [row.name for row in own_runs.judged(measured, {1: one_core, 2: one_core}, clock="cpu")]
     assert not [name for name in names if name.startswith("step,") and "pp 2" in name]
     assert [name for name in names if name.startswith("peak,") and "pp 2" in name]
 

@@ -9,12 +9,9 @@ from __future__ import annotations
 import csv
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-
-import numpy as np
 
 from llmtrain.errors import ConfigError, unknown_name
 from llmtrain.planner import hardware
@@ -23,8 +20,6 @@ GPUS_TABLE = Path(__file__).parents[1] / "tables" / "cost" / "gpus.csv"
 NODES_TABLE = Path(__file__).parents[1] / "tables" / "cost" / "nodes.csv"
 THIS_MACHINE, CUSTOM = "this_machine", "custom"
 PRECISIONS = ("bf16", "fp16", "fp8", "fp32")
-COPY_BYTES = 1 << 26
-COPY_REPEATS = 8
 PROCESS_LINK_SHARE = 0.25
 """Of the memory bandwidth, what two processes of one machine exchange in one direction: each byte is written
 and read twice. Assumed, not measured."""
@@ -174,7 +169,7 @@ def find_gpu(name: str) -> Gpu:
 def find_cluster(name: str, num_nodes: int = 1, **overrides: int | float | str | None) -> Cluster:
     """`num_nodes` nodes of a row of tables/cost/nodes.csv; `overrides` are fields of `ClusterConfig`.
 
-    this_machine is measured by the call, which takes about a second.
+    this_machine is measured by the call, which takes a few seconds.
 
     Raises:
         ConfigError: An unknown cluster, GPU or field (the nearest known name first), or a value that cannot
@@ -192,7 +187,7 @@ def resolve_cluster(cfg: ClusterConfig) -> Cluster:
     rows = _rows(NODES_TABLE)
     if cfg.name == THIS_MACHINE:
         row = {"gpus_per_node": "1", "source": "measured here"}
-        gpu = _this_cpu(cfg.gpus_per_node or 1, measures_peak=cfg.peak_tflops is None)
+        gpu = this_cpu(cfg.gpus_per_node or 1)
     elif cfg.name == CUSTOM:
         row = {"gpus_per_node": "", "source": "given"}
         gpu = find_gpu(cfg.gpu) if cfg.gpu is not None else _given_gpu(cfg)
@@ -266,32 +261,20 @@ def _given_gpu(cfg: ClusterConfig) -> Gpu:
     return _overridden(unset, cfg)
 
 
-def _this_cpu(num_ranks: int, *, measures_peak: bool) -> Gpu:
-    """One of `num_ranks` ranks that share this machine's cores, memory and bandwidth."""
-    peak_flops, source = hardware.measure_peak() if measures_peak else (0.0, "given")
-    copied_bytes_s = measure_copy()
+def this_cpu(num_ranks: int, *, threads_per_rank: int | None = None) -> Gpu:
+    """One of `num_ranks` ranks that share this machine's cores, memory and bandwidth, measured while all of
+    them work. None: the machine's threads, spread evenly."""
+    threads = threads_per_rank or max(1, hardware.num_threads() // num_ranks)
+    speed = hardware.measure_ranks(num_ranks, threads_per_rank=threads)
     return Gpu(
         name=THIS_MACHINE,
-        peak_flops={"fp32": peak_flops / num_ranks},
+        peak_flops={"fp32": speed.flops},
         mem_bytes=_memory_bytes() / num_ranks,
-        mem_bytes_s=copied_bytes_s / num_ranks,
-        link_bytes_s=copied_bytes_s * PROCESS_LINK_SHARE / num_ranks,
-        num_multiprocessors=max(1, hardware.num_threads() // num_ranks),
-        source=source,
+        mem_bytes_s=speed.copied_bytes_s,
+        link_bytes_s=speed.copied_bytes_s * PROCESS_LINK_SHARE,
+        num_multiprocessors=threads,
+        source=speed.source,
     )
-
-
-def measure_copy() -> float:
-    """Bytes a second that this machine reads and writes: the best of COPY_REPEATS copies of COPY_BYTES by
-    numpy, which uses one thread."""
-    source = np.ones(COPY_BYTES // 8)
-    target = np.empty_like(source)
-    best = math.inf
-    for _ in range(COPY_REPEATS):
-        begin = time.perf_counter()
-        np.copyto(target, source)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * source.nbytes / best
 
 
 def _memory_bytes() -> int:
