@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import replace
+from functools import partial
 
 import yaml
 
@@ -19,6 +20,8 @@ from llmtrain.log import setup_logging, world_size
 from llmtrain.parallel.config import EngineKind
 from llmtrain.train.check import check_train
 from llmtrain.train.config import TrainRoot
+from llmtrain.train.deadline import EXIT_AGAIN, EXIT_NEVER, Deadline, leave_with
+from llmtrain.train.retries import SameFailureError
 from llmtrain.train.start_up import StartUp
 
 PR_SET_PDEATHSIG = 1
@@ -26,10 +29,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    run_verb("train", TrainRoot, run)
+    run_verb("train", TrainRoot, partial(run, deadline=Deadline()))
 
 
-def run(cfg: TrainRoot) -> None:
+def run(cfg: TrainRoot, deadline: Deadline) -> None:
     folder = sweep_folder()
     if folder is not None:
         cfg = replace(cfg, run=replace(cfg.run, folder=str(folder)))
@@ -44,14 +47,14 @@ def run(cfg: TrainRoot) -> None:
         if job.exitcode:
             sys.exit(job.exitcode)
     else:
-        start_training(cfg)
+        start_training(cfg, deadline)
 
 
 def run_job(cfg: TrainRoot) -> None:
     """Be one job of a --multirun."""
     setup_logging()
     try:
-        start_training(cfg)
+        start_training(cfg, Deadline())
     except LLMTrainError as error:
         fail(str(error))
 
@@ -65,8 +68,12 @@ def die_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def start_training(cfg: TrainRoot) -> None:
+def start_training(cfg: TrainRoot, deadline: Deadline) -> None:
+    """Train, and end the process with the status that says what to do with the run: 0 it is over, 75 start
+    again, 78 never."""
     die_with_launcher()
+    deadline.set_limits(time_limit_s=cfg.run.time_limit_s, leave_before_s=cfg.run.leave_before_s)
+    deadline.leave_at_once(during_start=world_size() == 1)
     start_up = StartUp()
     start_up.mark("Python and Hydra")
     import torch  # noqa: F401, PLC0415  a login node's check_only=true must not pay for it
@@ -79,7 +86,15 @@ def start_training(cfg: TrainRoot) -> None:
     from llmtrain.train.assemble import run_training  # noqa: PLC0415  needs torch
 
     text = yaml.safe_dump(files.plain(cfg), sort_keys=False, allow_unicode=True)
-    run_training(cfg, start_up=start_up, config_text=text, command=sys.orig_argv)
+    try:
+        is_over = run_training(
+            cfg, start_up=start_up, deadline=deadline, config_text=text, command=sys.orig_argv
+        )
+    except SameFailureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(leave_with(EXIT_NEVER))
+    if not is_over:
+        sys.exit(leave_with(EXIT_AGAIN))
 
 
 def report_check(cfg: TrainRoot) -> None:

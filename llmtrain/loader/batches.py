@@ -8,9 +8,10 @@ run needs p alone, and may change dp_size and micro_batch_rows.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.loader.ledger import MASK_64, hash_rows
 
+GIVE_UP_POLL_S = 0.2
 NO_ROW = -1
 """In `Batch.rows`: a row that only fills up the batch, all of it masked."""
 
@@ -98,6 +100,10 @@ class RowReader(Protocol):
     def read_many(self, rows: npt.NDArray[np.integer[Any]]) -> Row: ...
 
 
+class GaveUpError(Exception):
+    """A read that was under way when nobody wanted it any more."""
+
+
 class Batches:
     """This rank's micro batches of every step.
 
@@ -139,23 +145,31 @@ class Batches:
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
-    def step(self, position: int) -> StepBatches:
+    def step(self, position: int, *, give_up: Callable[[], bool] = lambda: False) -> StepBatches:
         """This rank's part of the step that begins at row `position`.
+
+        Args:
+            give_up: asked now and then during a long read: whether nobody wants it any more.
 
         Raises:
             DataError: A shard is missing or damaged; the message names the row and the file. A read that
                 does not come back.
+            GaveUpError: `give_up` said so.
         """
         if position not in self._ahead:
             self._forget()  # the run begins, or jumped
             self._enqueue(position, 1)
-        try:
-            found = self._ahead.pop(position).result(timeout=self.timeout_s)
-        except TimeoutError:
-            raise DataError(
-                f"reading the step at row {position:,} has not come back after {self.timeout_s:g} s; is the "
-                "file system of the data there? The thread that reads is still waiting for it"
-            ) from None
+        read = self._ahead.pop(position)
+        limit = time.monotonic() + self.timeout_s
+        while not wait([read], timeout=min(GIVE_UP_POLL_S, max(0.0, limit - time.monotonic()))).done:
+            if give_up():
+                raise GaveUpError(f"the step at row {position:,} is not wanted any more")
+            if time.monotonic() >= limit:
+                raise DataError(
+                    f"reading the step at row {position:,} has not come back after {self.timeout_s:g} s; is "
+                    "the file system of the data there? The thread that reads is still waiting for it"
+                )
+        found = read.result()
         self._enqueue(position + self.sizes.rows_at(position), self.prefetch_steps)
         return found
 
@@ -244,7 +258,7 @@ def held_out_batches(
         on_failure: takes what went wrong with a read, and a masked batch stands in, for ranks that must stay
             in step until they can agree to stop. None: it is raised.
     """
-    num_rows = rows.num_rows if max_rows is None else min(max_rows, rows.num_rows)
+    num_rows = _num_held_out_rows(rows, max_rows)
     rows_at_once = micro_batch_rows * dp_size
     for first in range(0, num_rows, rows_at_once):
         numbers = first + dp_rank * micro_batch_rows + np.arange(micro_batch_rows)
@@ -259,6 +273,17 @@ def held_out_batches(
             block, is_real = _blank(micro_batch_rows, rows.seq_len), np.zeros_like(is_real)
         block.targets[~is_real] = NO_TARGET
         yield to_batch(block, np.where(is_real, chosen, NO_ROW))
+
+
+def num_held_out_batches(
+    rows: RowReader, *, micro_batch_rows: int, dp_size: int, max_rows: int | None
+) -> int:
+    """How many batches `held_out_batches` yields on every rank."""
+    return -(-_num_held_out_rows(rows, max_rows) // (micro_batch_rows * dp_size))
+
+
+def _num_held_out_rows(rows: RowReader, max_rows: int | None) -> int:
+    return rows.num_rows if max_rows is None else min(max_rows, rows.num_rows)
 
 
 def _blank(num_rows: int, seq_len: int) -> Row:

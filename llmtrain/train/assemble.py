@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -36,20 +36,22 @@ from llmtrain.model.size import num_params
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
 from llmtrain.tracking.facts import record_start
-from llmtrain.tracking.metrics import next_attempt
+from llmtrain.tracking.metrics import next_attempt, read_lines
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.tracking.run_data import find_plan
 from llmtrain.tracking.wandb import wandb_id
 from llmtrain.train.certificate import differences
 from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train, compare_to_checkpoint
 from llmtrain.train.config import Intent, Precision, TrainRoot
+from llmtrain.train.deadline import Deadline
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
-from llmtrain.train.loop import MFU_CONVENTION, Progress, StopSignal, held_out_sums, train
+from llmtrain.train.loop import MFU_CONVENTION, Progress, held_out_sums, train
 from llmtrain.train.memory_tier import MemoryTier, folder_in
 from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks
+from llmtrain.train.retries import check_retries
 from llmtrain.train.roll_call import RollCall
 from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from, run_folder
 from llmtrain.train.start_up import StartUp
@@ -79,25 +81,42 @@ class Start:
     """Whether the checkpoint was trained on other data, and the user said that is meant."""
 
 
-def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command: Sequence[str]) -> None:
-    """Train from whatever run.intent says to the end.
+@dataclass(frozen=True)
+class Run:
+    """What stays the same in all attempts of these processes."""
+
+    cfg: TrainRoot
+    folder: RunFolder
+    device: torch.device
+    data: OpenData
+    engine: Engine
+    config_text: str
+    command: Sequence[str]
+    origin: dict[str, Any] = field(default_factory=dict)
+    """Of rank 0, whose state a checkpoint stores: where its weights come from."""
+
+
+def run_training(
+    cfg: TrainRoot, *, start_up: StartUp, deadline: Deadline, config_text: str, command: Sequence[str]
+) -> bool:
+    """Train from whatever run.intent says to the end, or until `deadline`; return whether the run is over.
 
     Args:
         config_text: The resolved config as YAML, saved with the run.
         command: What the user typed, saved with the run.
     """
     with ExitStack() as stack:
-        roll_call = stack.enter_context(RollCall(silence_s=cfg.train.start_up_silence_s))
+        roll_call = stack.enter_context(RollCall(silence_s=cfg.train.start_up_silence_s, deadline=deadline))
         device = join_ranks(timeout_s=cfg.train.process_group_timeout_s)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_up.mark("ranks")
-        stop = StopSignal()
+        deadline.leave_at_once(during_start=world_size == 1)
         folder = run_folder(cfg)
         stack.callback(_leave_ranks)
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size, device=device.type))
         reader = _open_whole(cfg, folder, start)
         if reader is not None and cfg.run.intent is not Intent.warm_start and _is_over(cfg, reader):
-            return
+            return True
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
         serving = stack.enter_context(ExitStack())
@@ -105,7 +124,6 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         memory = _open_memory(cfg, folder)
         if memory is not None:
             reader = _newer_in_memory(cfg, folder, memory, reader, start, serving)
-        source = None if reader is None else str(reader.path)
         start_up.mark("checks")
 
         parallel = cfg.parallel
@@ -132,91 +150,11 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         )
         stack.callback(batches.close)
         start_up.mark("model")
-
-        origin: dict[str, Any] = {}  # of rank 0, whose state a checkpoint stores
-
-        def open_recorder() -> Recorder:
-            if rank != 0:
-                return SilentRecorder()
-            with files.atomic_write(folder.config, "w") as handle:
-                handle.write(config_text)
-            facts = record_start(
-                folder.path,
-                attempt=start.attempt,
-                command_line=command,
-                extra={
-                    "id": secrets.token_hex(8),
-                    "world_size": world_size,
-                    "device": _device_name(device),
-                    "from": source,
-                    "from_manifest_sha256": reader and reader.manifest_hash,
-                },
-            )
-            run_config = files.plain(cfg)
-            plan, forecast, why_not = find_plan(run_config, world_size=world_size)
-            run_recorder = stack.enter_context(
-                RunRecorder(
-                    cfg.tracking,
-                    metrics=folder.metrics,
-                    attempt=start.attempt,
-                    start_step=progress.step,
-                    total_steps=progress.step + cfg.batch_sizes.walk(progress.position, cfg.wanted_rows)[0],
-                    run_name=cfg.run.name,
-                    run_config=run_config,
-                    forecast=forecast,
-                )
-            )
-            if cfg.run.plan is not None and plan is None:
-                log.warning("%s", why_not)
-            origin["code"] = {"git_commit": facts["git_commit"], "git_dirty": facts["git_dirty"]}
-            origin["code"]["versions"] = facts["versions"]
-            origin["attempt_id"] = facts["id"]
-            origin["parent"] = None if reader is None else _parent(cfg, reader)
-            origin["wandb_id"] = wandb_id(folder.path)
-            return run_recorder
-
-        def open_ledger() -> LedgerWriter | None:
-            if rank != 0:
-                return None
-            sizes = cfg.batch_sizes
-            ledger = LedgerWriter(
-                folder.path / LEDGER_NAME,
-                Attempt(
-                    attempt=start.attempt,
-                    step=progress.step,
-                    position=progress.position,
-                    world_size=world_size,
-                    micro_batch_rows=cfg.train.micro_batch_rows,
-                    seq_len=cfg.data.seq_len,
-                    seed=cfg.run.seed,
-                    starts=list(sizes.starts),
-                    sizes=list(sizes.sizes),
-                    data_hash=start.data_hash,
-                    accepted_change=start.accepted_change,
-                ),
-            )
-            stack.callback(ledger.close)
-            return ledger
-
-        recorder = _together(open_recorder)
-        ledger = _together(open_ledger)
-        what = "start" if progress.step == 0 else "resume"
-        has_peak = cfg.train.device_peak_tflops is not None
-        recorder.event(
-            what,
-            progress.step,
-            position=progress.position,
-            source=source,
-            world_size=world_size,
-            mfu_convention=MFU_CONVENTION if has_peak else None,
-            device_peak_tflops=cfg.train.device_peak_tflops,
-            device_peak_source=cfg.train.device_peak_source,
-        )
-        if has_peak:
-            log.info(
-                "MFU counts %s FLOPs against %g TFLOP/s a device (%s)",
-                *(MFU_CONVENTION, cfg.train.device_peak_tflops, cfg.train.device_peak_source),
-            )
+        run = Run(cfg, folder, device, data, engine, config_text, command)
+        recorder, ledger = _begin_attempt(run, start, progress, reader, stack)
+        roll_call.on_leave = partial(_say_stopped, recorder, progress)
+        if limit := deadline.describe():
+            log.info("%s", limit)
 
         ranks = _ranks_that_save(cfg)
         saver = Saver(
@@ -229,14 +167,16 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
         stack.callback(saver.leave)
 
         def save(progress: Progress, *, eval_loss: float | None, in_memory: bool) -> None:
-            state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | origin
+            state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | run.origin
             if cfg.save.check_loss and not in_memory:
                 sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
+                assert sums is not None, "without a deadline"
                 state["check_loss"] = [*sums, CHECK_ROWS]
             saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
 
+        stack.push(roll_call.hold)
         try:
-            train(
+            is_over = train(
                 cfg,
                 engine,
                 batches,
@@ -246,7 +186,7 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
                 ledger,
                 save,
                 saver,
-                stop,
+                deadline,
                 start_up,
                 roll_call,
             )
@@ -258,10 +198,109 @@ def run_training(cfg: TrainRoot, *, start_up: StartUp, config_text: str, command
             raise
         if memory is not None:
             memory.leave()
+        return is_over
+
+
+def _begin_attempt(
+    run: Run, start: Start, progress: Progress, reader: CheckpointReader | None, stack: ExitStack
+) -> tuple[Recorder, LedgerWriter | None]:
+    """Open what rank 0 writes, and say where this attempt begins."""
+    cfg, rank, world_size = run.cfg, dist.get_rank(), dist.get_world_size()
+    source = None if reader is None else str(reader.path)
+
+    def open_recorder() -> Recorder:
+        if rank != 0:
+            return SilentRecorder()
+        with files.atomic_write(run.folder.config, "w") as handle:
+            handle.write(run.config_text)
+        facts = record_start(
+            run.folder.path,
+            attempt=start.attempt,
+            command_line=run.command,
+            extra={
+                "id": secrets.token_hex(8),
+                "world_size": world_size,
+                "device": _device_name(run.device),
+                "from": source,
+                "from_manifest_sha256": reader and reader.manifest_hash,
+            },
+        )
+        run_config = files.plain(cfg)
+        plan, forecast, why_not = find_plan(run_config, world_size=world_size)
+        run_recorder = stack.enter_context(
+            RunRecorder(
+                cfg.tracking,
+                metrics=run.folder.metrics,
+                attempt=start.attempt,
+                start_step=progress.step,
+                total_steps=progress.step + cfg.batch_sizes.walk(progress.position, cfg.wanted_rows)[0],
+                run_name=cfg.run.name,
+                run_config=run_config,
+                forecast=forecast,
+            )
+        )
+        if cfg.run.plan is not None and plan is None:
+            log.warning("%s", why_not)
+        run.origin["code"] = {"git_commit": facts["git_commit"], "git_dirty": facts["git_dirty"]}
+        run.origin["code"]["versions"] = facts["versions"]
+        run.origin["attempt_id"] = facts["id"]
+        run.origin["parent"] = None if reader is None else _parent(cfg, reader)
+        run.origin["wandb_id"] = wandb_id(run.folder.path)
+        return run_recorder
+
+    def open_ledger() -> LedgerWriter | None:
+        if rank != 0:
+            return None
+        sizes = cfg.batch_sizes
+        ledger = LedgerWriter(
+            run.folder.path / LEDGER_NAME,
+            Attempt(
+                attempt=start.attempt,
+                step=progress.step,
+                position=progress.position,
+                world_size=world_size,
+                micro_batch_rows=cfg.train.micro_batch_rows,
+                seq_len=cfg.data.seq_len,
+                seed=cfg.run.seed,
+                starts=list(sizes.starts),
+                sizes=list(sizes.sizes),
+                data_hash=start.data_hash,
+                accepted_change=start.accepted_change,
+            ),
+        )
+        stack.callback(ledger.close)
+        return ledger
+
+    recorder = _together(open_recorder)
+    ledger = _together(open_ledger)
+    has_peak = cfg.train.device_peak_tflops is not None
+    recorder.event(
+        "start" if progress.step == 0 else "resume",
+        progress.step,
+        position=progress.position,
+        source=source,
+        world_size=world_size,
+        mfu_convention=MFU_CONVENTION if has_peak else None,
+        device_peak_tflops=cfg.train.device_peak_tflops,
+        device_peak_source=cfg.train.device_peak_source,
+    )
+    if has_peak:
+        log.info(
+            "MFU counts %s FLOPs against %g TFLOP/s a device (%s)",
+            *(MFU_CONVENTION, cfg.train.device_peak_tflops, cfg.train.device_peak_source),
+        )
+    return recorder, ledger
+
+
+def _say_stopped(recorder: Recorder, progress: Progress, reason: str) -> None:
+    """Before the first step is done, where nothing is to be saved."""
+    recorder.event("stopped", progress.step, signal=reason)
 
 
 def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: int, device: str) -> Start:
     """Rank 0's part: check everything, take the folder, and choose the checkpoint."""
+    if folder.metrics.exists() and cfg.run.intent in (Intent.resume, Intent.fresh_or_resume):
+        check_retries(read_lines(folder.metrics), max_same_failures=cfg.run.max_same_failures)
     before = check_train(cfg, world_size=world_size, device=device)
     before.raise_if_any()  # before the lock creates the folder
     stack.enter_context(FolderLock(folder.path))
@@ -378,7 +417,11 @@ def _load(cfg: TrainRoot, engine: Engine, reader: CheckpointReader | None, data:
         engine.loss_scale = reader.state["loss_scale"]
     _check_loss(cfg, engine, data, reader)
     log.info("resumed from %s: step %d, %d rows consumed", reader.path, reader.step, reader.state["position"])
-    return Progress(step=reader.step, position=reader.state["position"])
+    return Progress(
+        step=reader.step,
+        position=reader.state["position"],
+        owes_eval=bool(reader.state.get("owes_eval")) and cfg.train.eval_every_steps > 0,
+    )
 
 
 def _open_whole(cfg: TrainRoot, folder: RunFolder, start: Start) -> CheckpointReader | None:
@@ -474,7 +517,9 @@ def _check_loss(cfg: TrainRoot, engine: Engine, data: OpenData, reader: Checkpoi
     if not cfg.save.check_loss or told is None or reader.state["data_hash"] != data.hash:
         return
     *expected, max_rows = told
-    loss_sum, num_valid = held_out_sums(engine, data.held_out, cfg, max_rows=max_rows)
+    sums = held_out_sums(engine, data.held_out, cfg, max_rows=max_rows)
+    assert sums is not None, "without a deadline"
+    loss_sum, num_valid = sums
     bound = LOSS_TOLERANCE[cfg.train.precision if _precision(reader) == cfg.train.precision.name else None]
 
     def compare() -> None:
@@ -517,6 +562,7 @@ def _state(
         "position": progress.position,
         "tokens": progress.position * cfg.data.seq_len,
         "eval_loss": eval_loss,
+        "owes_eval": progress.owes_eval,
         "num_optimizer_steps": engine.num_optimizer_steps,
         "loss_scale": engine.loss_scale,
         "attempt": start.attempt,

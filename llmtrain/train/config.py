@@ -86,6 +86,15 @@ class RunConfig:
     fallback: bool = False
     """Whether a start goes back to the newest whole checkpoint where a newer one is damaged, and does the
     steps between again; false: it ends."""
+    time_limit_s: float | None = None
+    """Seconds from the start of the process by which it must have left; null: none of yours. The limit of a
+    Slurm job holds as well."""
+    leave_before_s: float = 180.0
+    """So long before a time limit the run saves and leaves, with exit status 75; of a short job, half of its
+    time at most. A signal needs no lead: it is there."""
+    max_same_failures: int = 3
+    """A run whose last so many attempts ended alike after the same step does not start again, and its exit
+    status is 78; 0: it always does."""
     plan: str | None = None
     """The plan.json that `llmtrain plan` wrote, for the report to hold this run against; null: no plan was
     made."""
@@ -93,6 +102,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name or not self.folder:
             raise ConfigError(f"run.name={self.name!r} and run.folder={self.folder!r} must not be empty")
+        if self.leave_before_s < 0 or self.max_same_failures < 0:
+            raise ConfigError(
+                f"run.leave_before_s={self.leave_before_s} and "
+                f"run.max_same_failures={self.max_same_failures} must be at least 0"
+            )
+        if self.time_limit_s is not None and not self.time_limit_s > 0:
+            raise ConfigError(f"run.time_limit_s={self.time_limit_s} must be above 0, or null for none")
         if (self.intent is Intent.warm_start) != (self.init_from is not None):
             raise ConfigError(
                 f"run.intent={self.intent.name} with run.init_from={self.init_from}: "

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import resource
-import signal
 import time
 from dataclasses import dataclass
 from enum import IntEnum
-from types import FrameType
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -17,12 +16,13 @@ import torch.distributed as dist
 
 from llmtrain.checkpoint.saver import Saver
 from llmtrain.errors import DivergedError, LLMTrainError
-from llmtrain.loader.batches import Batches, StepBatches, held_out_batches
+from llmtrain.loader.batches import Batches, GaveUpError, StepBatches, held_out_batches, num_held_out_batches
 from llmtrain.loader.ledger import LedgerWriter
 from llmtrain.loader.open import MixedRows
 from llmtrain.model.size import flops_per_token
 from llmtrain.tracking.recorder import Recorder
 from llmtrain.train.config import TrainRoot
+from llmtrain.train.deadline import Deadline
 from llmtrain.train.engine import Engine
 from llmtrain.train.ranks import agree
 from llmtrain.train.roll_call import RollCall
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 MFU_CONVENTION = "causal"
 """FLOPs a token as Megatron-LM counts them: 6 per matrix weight, and half the attention square."""
+EVAL_PART_BATCHES = 32
+"""Of a rank: between two of them all agree whether to leave."""
 
 
 class SaveFunction(Protocol):
@@ -49,21 +51,8 @@ class Progress:
     """Rows consumed."""
     on_disk: int = 0
     """Step of the checkpoint that the run could go on from without what is in memory."""
-
-
-class StopSignal:
-    """Set by SIGTERM, SIGINT, SIGUSR1, SIGHUP or SIGQUIT on any rank. Ranks agree on it once a step, so that
-    all leave after the same one. The same signal a second time does what it does to any process.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+    owes_eval: bool = False
+    """The evaluation after `step` was not finished: the run had to leave. Whoever goes on does it first."""
 
 
 class Agreement(IntEnum):
@@ -88,11 +77,13 @@ def train(
     ledger: LedgerWriter | None,
     save: SaveFunction,
     saver: Saver,
-    stop: StopSignal,
+    deadline: Deadline,
     start_up: StartUp,
     roll_call: RollCall,
-) -> None:
-    """Run from `progress` until train.total_tokens are consumed, or a rank has a stop signal or an error.
+) -> bool:
+    """Run from `progress` until train.total_tokens are consumed, a rank has to leave, or one has an error.
+
+    Returns whether the run is over.
 
     Args:
         recorder: Where metrics go; on ranks other than 0 it writes nothing. It keeps its errors for us.
@@ -109,18 +100,23 @@ def train(
     token_flops = flops_per_token(cfg.model, seq_len, convention=MFU_CONVENTION)
     first_step = progress.step + 1
     last_saved = progress.on_disk
+    longest_save_s = 0.0
+    if progress.owes_eval:
+        evaluate(cfg, engine, held_out, progress, recorder, deadline)
     while progress.position * seq_len < cfg.train.total_tokens:
         step_start = time.perf_counter()
         rows_per_step = sizes.rows_at(progress.position)
         step_tokens = rows_per_step * seq_len
-        _record_saved(saver, recorder)
+        longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
         failure, data = _kept_failure(recorder, ledger, saver), StepBatches([], 0)
         try:
-            data = batches.step(progress.position)
+            data = batches.step(progress.position, give_up=deadline.is_due)
+        except GaveUpError:
+            pass
         except LLMTrainError as error:
             failure = error
         data_wait_s = time.perf_counter() - step_start
-        wish = Agreement.failed if failure else Agreement.stop if stop.name else Agreement.go_on
+        wish = Agreement.failed if failure else Agreement.stop if deadline.is_due() else Agreement.go_on
         agreed, tokens_hash = agree(groups, engine.device, level=wish, tokens_hash=data.tokens_hash)
         if agreed == Agreement.failed:
             raise RankFailedError(_whose_failure(failure))
@@ -174,12 +170,13 @@ def train(
             start_up.mark("first step")
             saver.reserve(engine.pieces())  # an optimizer may have no state before
             roll_call.end()
+            deadline.leave_at_once(during_start=False)
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
         done = progress.position * seq_len >= cfg.train.total_tokens
         eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):
-            eval_loss = evaluate(cfg, engine, held_out, progress, recorder)
+            eval_loss = evaluate(cfg, engine, held_out, progress, recorder, deadline)
         if done:
             saver.finish()
         if done or _due(progress.step, cfg.save.every_steps):
@@ -190,16 +187,40 @@ def train(
     is_over = progress.position * seq_len >= cfg.train.total_tokens
     if last_saved < progress.step:
         saver.finish()
-        _save(save, engine, progress, recorder, ledger, saver, None)
+        longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
+        if _all_have_time(engine, deadline, longest_save_s):
+            _save(save, engine, progress, recorder, ledger, saver, None)
+            last_saved = progress.step
     saver.finish()
     _record_saved(saver, recorder)
     if is_over:
         recorder.event("finished", progress.step)
     else:
-        recorder.event("stopped", progress.step, signal=stop.name)
-        log.warning("stopped by a signal after step %d; run.intent=resume goes on from there", progress.step)
+        reason = _reason_of_all(deadline)
+        recorder.event("stopped", progress.step, signal=reason, saved_step=last_saved)
+        too_late = f": a save may take {longest_save_s:.0f} s, and less is left"
+        log.log(
+            logging.WARNING if dist.get_rank() == 0 else logging.DEBUG,
+            "stopped by %s after step %d; run.intent=resume goes on from step %d%s",
+            *(reason, progress.step, last_saved, "" if last_saved == progress.step else too_late),
+        )
     if failure := _kept_failure(recorder, ledger, saver):
         raise failure
+    return is_over
+
+
+def _all_have_time(engine: Engine, deadline: Deadline, save_s: float) -> bool:
+    """Whether every rank can still save; rank 0 knows how long saves took."""
+    level = Agreement.go_on if deadline.has_time_for(save_s) else Agreement.stop
+    agreed, _ = agree(engine.placement.groups, engine.device, level=level, tokens_hash=0)
+    return agreed == Agreement.go_on
+
+
+def _reason_of_all(deadline: Deadline) -> str:
+    """Why the run leaves: of the first rank that has a reason."""
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, deadline.reason())
+    return next(reason for reason in reasons if reason is not None)
 
 
 def _save(
@@ -222,13 +243,17 @@ def _save(
     save(progress, eval_loss=eval_loss, in_memory=in_memory)
 
 
-def _record_saved(saver: Saver, recorder: Recorder) -> None:
+def _record_saved(saver: Saver, recorder: Recorder) -> float:
+    """Tell what was saved; return the most seconds that one on the disk took."""
+    longest_s = 0.0
     for saved in saver.take_saved():
         seconds = {"save_s": saved.save_s, "wait_s": saved.wait_s, "copy_s": saved.copy_s}
         if saved.in_memory:
             recorder.event("snapshot", saved.step, **seconds)
         else:
             recorder.checkpoint(saved.step, **seconds)
+            longest_s = max(longest_s, saved.save_s)
+    return longest_s
 
 
 def _raise_together(engine: Engine, mine: LLMTrainError | None) -> None:
@@ -256,14 +281,20 @@ def evaluate(
     held_out: MixedRows,
     progress: Progress,
     recorder: Recorder,
-) -> float:
-    """Record and return the held-out loss over train.eval_rows rows of the held-out split.
+    deadline: Deadline,
+) -> float | None:
+    """Record and return the held-out loss over train.eval_rows rows of the held-out split; None if the run
+    has to leave before that is known.
 
     Raises:
         RankFailedError: a row that could not be read, on any rank.
     """
     start = time.perf_counter()
-    loss_sum, num_valid = held_out_sums(engine, held_out, cfg, max_rows=cfg.train.eval_rows)
+    sums = held_out_sums(engine, held_out, cfg, max_rows=cfg.train.eval_rows, deadline=deadline)
+    progress.owes_eval = sums is None
+    if sums is None:
+        return None
+    loss_sum, num_valid = sums
     eval_loss = loss_sum / max(1, num_valid)
     recorder.evaluation(
         progress.step,
@@ -275,25 +306,46 @@ def evaluate(
 
 
 def held_out_sums(
-    engine: Engine, held_out: MixedRows, cfg: TrainRoot, *, max_rows: int | None
-) -> tuple[float, int]:
+    engine: Engine,
+    held_out: MixedRows,
+    cfg: TrainRoot,
+    *,
+    max_rows: int | None,
+    deadline: Deadline | None = None,
+) -> tuple[float, int] | None:
     """Loss sum in nats and number of targets of rows spread over the held-out split: the same for any layout.
+
+    Args:
+        deadline: where it comes on any rank, nothing is found: None.
 
     Raises:
         RankFailedError: a row that could not be read, on any rank.
     """
     failures: list[LLMTrainError] = []
+    groups = engine.placement.groups
     batches = held_out_batches(
         held_out,
         micro_batch_rows=cfg.train.micro_batch_rows,
-        dp_rank=engine.placement.groups.dp.rank,
-        dp_size=engine.placement.groups.dp.size,
+        dp_rank=groups.dp.rank,
+        dp_size=groups.dp.size,
         max_rows=max_rows,
         on_failure=failures.append,
     )
-    sums = engine.held_out_sums(batches)
-    _raise_together(engine, failures[0] if failures else None)
-    return sums
+    num_batches = num_held_out_batches(
+        held_out, micro_batch_rows=cfg.train.micro_batch_rows, dp_size=groups.dp.size, max_rows=max_rows
+    )
+    loss_sum, num_valid = 0.0, 0
+    for done in range(0, num_batches, EVAL_PART_BATCHES):
+        of_part = engine.held_out_sums(islice(batches, min(EVAL_PART_BATCHES, num_batches - done)))
+        loss_sum, num_valid = loss_sum + of_part[0], num_valid + of_part[1]
+        wish = Agreement.stop if deadline is not None and deadline.is_due() else Agreement.go_on
+        wish = Agreement.failed if failures else wish
+        agreed, _ = agree(groups, engine.device, level=wish, tokens_hash=0)
+        if agreed == Agreement.failed:
+            raise RankFailedError(_whose_failure(failures[0] if failures else None))
+        if agreed == Agreement.stop and done + EVAL_PART_BATCHES < num_batches:
+            return None
+    return loss_sum, num_valid
 
 
 def peak_memory_gib(device: torch.device) -> float:

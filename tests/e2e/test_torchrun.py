@@ -17,6 +17,7 @@ from llmtrain.checkpoint.find import newest_checkpoint
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.tracking.metrics import read_metrics
+from llmtrain.train.deadline import EXIT_AGAIN
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,6 +54,7 @@ def test_sigterm_to_torchrun_saves_the_last_step(started: tuple[subprocess.Popen
     process, run = started
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
+    assert process.returncode == EXIT_AGAIN
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
     assert CheckpointReader(newest).step == last_step(run)

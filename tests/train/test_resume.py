@@ -19,6 +19,7 @@ from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.errors import EXIT_FAILED
 from llmtrain.files import hash_file
 from llmtrain.tracking.metrics import read_lines, read_metrics
+from llmtrain.train.deadline import EXIT_AGAIN
 
 if TYPE_CHECKING:
     from conftest import Launcher
@@ -156,12 +157,12 @@ def test_sigterm_saves_and_leaves_at_the_same_step_on_every_rank(
     run = launcher.start(arguments, num_ranks=2)
     wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists() and len(losses(tmp_path / "run")) > 3)
     run.processes[1].terminate()  # one rank is told; both must leave
-    assert run.wait() == 0, run.text()
+    assert run.wait() == EXIT_AGAIN, run.text()
     last = max(losses(tmp_path / "run"))
     path = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert path is not None
     assert CheckpointReader(path).step == last
-    assert f"stopped by a signal after step {last}" in run.text()
+    assert f"stopped by SIGTERM after step {last}; run.intent=resume goes on from step {last}" in run.text()
 
 
 def test_kill_9_at_20_random_moments_loses_no_committed_step(
