@@ -34,6 +34,7 @@ from llmtrain.planner.page_tables import (
     laws_table,
     listed,
     note,
+    other_answers_table,
     over_training_table,
     pair,
     power_of_ten,
@@ -137,6 +138,11 @@ def plan_page(planned: Planned, *, commands: Sequence[str] = ()) -> str:
         card(
             "Smaller and longer, bigger and shorter",
             over_training_table(*loss_of(find_law(plan.law)), planned.target.flops),
+            "wide",
+        ),
+        card(
+            "Mixtures of experts and low precision",
+            other_answers_table(planned.target.num_params, planned.target.num_tokens),
             "wide",
         ),
         card("Keep in mind", listed(notes(planned)), "wide"),

@@ -13,6 +13,7 @@ from llmtrain.planner.cost.layouts import describe
 from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.inference import over_training
 from llmtrain.planner.loss.laws import FLOPS_PER_PARAM_TOKEN, LAWS, Band, Parametric, find_law
+from llmtrain.planner.loss.other_data import DIFFERENT_DATA, other_answers
 from llmtrain.planner.loss.repetition import notes as repetition_notes
 from llmtrain.planner.make import Planned
 from llmtrain.planner.plan import FLOPS_CONVENTION, PlanFile
@@ -343,6 +344,11 @@ def over_training_table(name: str, form: Parametric, flops: float) -> str:
         "loss at this ratio. Same FLOPs: the budget spent at this ratio instead."
     )
     return table(head, rows, words=frozenset({7})) + note(words)
+
+
+def other_answers_table(num_params: float, num_tokens: float) -> str:
+    rows = [[each.change, each.answer, each.source] for each in other_answers(num_params, num_tokens)]
+    return table(["instead", "by its law", "source"], rows, words=frozenset({1, 2})) + note(DIFFERENT_DATA)
 
 
 def sources(planned: Planned) -> list[str]:

@@ -16,6 +16,7 @@ from llmtrain.planner.cost.layouts import describe
 from llmtrain.planner.interval import Interval
 from llmtrain.planner.loss.inference import over_training
 from llmtrain.planner.loss.laws import TEXT_FACTOR, Band, band, find_law, loss_of
+from llmtrain.planner.loss.other_data import DIFFERENT_DATA, other_answers
 from llmtrain.planner.loss.repetition import CHEAP_EPOCHS, Repeated, repeated
 from llmtrain.planner.loss.repetition import notes as repetition_notes
 from llmtrain.planner.make import Planned
@@ -53,6 +54,7 @@ def plan_text(planned: Planned) -> str:
         ["MEMORY OF THE FULLEST RANK, BY PART", *_bars(forecast.memory_parts, format_bytes)],
         *([["WHAT WOULD CHANGE IT", *_sensitivity(plan)]] if plan.sensitivity else []),
         ["SMALLER AND LONGER: THE SAME LOSS AT OTHER TOKENS A PARAMETER", *_over_training(planned)],
+        ["MIXTURES AND LOW PRECISION", *_other_answers(planned)],
         ["KEEP IN MIND", *(line for note in notes(planned) for line in _wrapped("  - ", note))],
     ]
     return "\n\n".join("\n".join(block) for block in blocks)
@@ -431,6 +433,15 @@ def _over_training(planned: Planned) -> list[str]:
             )
         )
     return [*_columns(rows), *_wrapped("  ", f"by {by}; at ordinary ratios laws know, past 1000 they guess")]
+
+
+def _other_answers(planned: Planned) -> list[str]:
+    lines = [
+        line
+        for each in other_answers(planned.target.num_params, planned.target.num_tokens)
+        for line in _wrapped("  ", f"{each.change}: {each.answer}")
+    ]
+    return [*lines, *_wrapped("  ", DIFFERENT_DATA)]
 
 
 # -- shapes of text

@@ -13,6 +13,7 @@ from llmtrain.planner.loss.other_data import (
     PRECISION_GAMMA,
     effective_params_at,
     find_clark,
+    other_answers,
 )
 
 
@@ -65,3 +66,15 @@ def test_what_the_laws_cannot_speak_about_is_refused():
 
 def test_they_say_that_they_are_of_different_data():
     assert DIFFERENT_DATA.startswith("different data: ")
+
+
+def test_a_plan_is_told_what_mixtures_and_low_precision_would_do():
+    answers = other_answers(1e9, 20e9)
+    assert [each.source.split()[0] for each in answers] == ["Clark"] * 2 + ["Krajewski"] * 2 + ["Kumar"] * 2
+    worth = CLARK["s_base"].equivalent_params(1e9, 64) / 1e9
+    assert answers[1].answer == f"as good as a dense model of {worth:.2g} times the size"
+    moved = KRAJEWSKI_MOE.loss(1e9, 20e9, 8) - KRAJEWSKI_DENSE.loss(1e9, 20e9)
+    assert answers[3].answer.startswith(f"{moved:+.3f} nats")
+    bits = effective_params_at(1e9, weights=8, activations=8, kv_cache=8) / 1e9
+    assert answers[4].answer == f"worth {bits:.0%} of its parameters; fitted from 30M to 220M parameters"
+    assert all("fitted from" in each.answer for each in other_answers(70e9, 2e12) if "Clark" in each.source)

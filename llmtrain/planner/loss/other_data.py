@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from llmtrain.errors import ConfigError, unknown_name
+from llmtrain.units import format_count
 
 DIFFERENT_DATA = "different data: compare its answers with each other only, not with a dense law's"
 
@@ -118,6 +119,63 @@ def effective_params_at(
             raise ConfigError(f"{part} of {bits:g} bits: the law was fitted from {LEAST_BITS:g} to 16 bits")
         worth *= -math.expm1(-bits / PRECISION_GAMMA[part])
     return num_params * worth
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherAnswer:
+    """What a law of other data says beside a plan."""
+
+    change: str
+    answer: str
+    """A ratio or a difference: the only things that carry over."""
+    source: str
+
+
+CLARK_PARAMS = (15e6, 1.3e9)
+"""Dense models that routing was added to."""
+KUMAR_PARAMS = (30e6, 220e6)
+
+
+def other_answers(num_params: float, num_tokens: float) -> list[OtherAnswer]:
+    """What mixtures of experts and low precision would do for a dense model of this size and these tokens."""
+    clark, found = CLARK["s_base"], []
+    for num_experts in (8, 64):
+        worth = clark.equivalent_params(num_params, num_experts) / num_params
+        beyond = _beyond(num_params, CLARK_PARAMS)
+        found.append(
+            OtherAnswer(
+                change=f"{num_experts} experts in place of each feed-forward layer, one a token",
+                answer=f"as good as a dense model of {worth:.2g} times the size{beyond}",
+                source="Clark et al. 2022, arXiv:2202.01169, table 3, S-BASE",
+            )
+        )
+    dense = KRAJEWSKI_DENSE.loss(num_params, num_tokens)
+    for granularity in (1, 8):
+        moved = KRAJEWSKI_MOE.loss(num_params, num_tokens, granularity) - dense
+        found.append(
+            OtherAnswer(
+                change=f"the same parameters as 64 experts of granularity {granularity}",
+                answer=f"{moved:+.3f} nats against a dense model of the same data",
+                source="Krajewski et al. 2024, arXiv:2402.07871, table 1",
+            )
+        )
+    for bits in (8.0, 4.0):
+        worth = effective_params_at(num_params, weights=bits, activations=bits, kv_cache=bits) / num_params
+        found.append(
+            OtherAnswer(
+                change=f"trained with {bits:g} bits in weights, activations and KV cache",
+                answer=f"worth {worth:.0%} of its parameters{_beyond(num_params, KUMAR_PARAMS)}",
+                source="Kumar et al. 2024, arXiv:2411.04330, section 4.3",
+            )
+        )
+    return found
+
+
+def _beyond(num_params: float, fitted: tuple[float, float]) -> str:
+    low, high = fitted
+    if low <= num_params <= high:
+        return ""
+    return f"; fitted from {format_count(low)} to {format_count(high)} parameters"
 
 
 def find_clark(router: str) -> ClarkLaw:
