@@ -51,6 +51,7 @@ MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted
         "parallel",
         "inference",
         "tracking",
+        "launch.preflight",
     },
 }
 MAY_IMPORT_EVERYTHING = {"cli", "bench"}
@@ -69,6 +70,7 @@ NAMED_ONLY_IN = {  # other people's package -> the only files or folders that ma
     "distributed": {"data/engines/"},
     "dask_jobqueue": {"data/engines/slurm.py"},
     "wandb": {"tracking/"},
+    "wandb_workspaces": {"tracking/"},
     "hydra": {"cli/"},
     "omegaconf": {"cli/"},
 }
@@ -81,7 +83,11 @@ NO_TORCH_FILES = {
     "parallel/topology.py",
     "parallel/volume.py",
     "train/certificate.py",
+    "train/deadline.py",
+    "train/retries.py",
     "train/shrink.py",
+    "train/spike_config.py",
+    "train/spikes.py",
 }
 MAY_HOLD_CODE = {"__init__.py", "planner/__init__.py"}
 """The version; and `llmtrain.planner.predict`, which others call, found when it is asked for."""
@@ -91,6 +97,8 @@ LIGHT_VERBS = {
     "cli.report",
     "cli.status",
     "cli.submit",
+    "cli.dashboard",
+    "cli.doctor",
     "cli.watch",
     "cli.tensorboard",
     "cli.train",

@@ -151,6 +151,7 @@ DISTRIBUTION_OF = {
     "yaml": "pyyaml",
     "markupsafe": "jinja2",
     "dask_jobqueue": "dask-jobqueue",
+    "wandb_workspaces": "wandb-workspaces",
 }
 """Packages whose import has another name than what is installed, or comes with another one."""
 RIVALS = {"transformers", "datatrove", "loguru"}
@@ -172,5 +173,5 @@ def test_every_dependency_is_explained_and_nothing_else():
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| ")]
     explained = {name.strip() for row in rows for name in row.split(",")} - {"package"}
     development = {name for name in declared("dev") if not name.startswith("types-")}
-    extras = declared("cluster") | declared("trafilatura") | declared("rivals")
+    extras = declared("cluster") | declared("submitit") | declared("trafilatura") | declared("rivals")
     assert explained - {"types-*"} == declared() | extras | development

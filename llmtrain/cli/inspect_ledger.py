@@ -58,7 +58,9 @@ def show(cfg: InspectLedgerConfig) -> None:
         told = {
             "attempts": [asdict(attempt) for attempt in ledger.attempts],
             "num_steps": len(chain),
-            "num_rows": chain[-1].last + 1 if chain else 0,
+            "num_rows": chain[-1].last + 1 - ledger.skipped_rows() if chain else 0,
+            "num_skipped_rows": ledger.skipped_rows(),
+            "withheld_steps": [step.step for step in chain if step.withheld],
             "num_done_again": len(ledger.steps) - len(chain),
             "num_torn": ledger.num_torn,
             "num_recomputed": num_recomputed,
@@ -75,14 +77,18 @@ def show(cfg: InspectLedgerConfig) -> None:
 
 
 def attempts_table(ledger: Ledger) -> Table:
+    """A line for each attempt, and for each part of one that a rollback began: 3.1 after the first of the
+    third."""
     table = Table(box=box.SIMPLE)
     for heading in ("attempt", "ranks", "micro", "after step", "row", "steps", "rows a step"):
         table.add_column(heading, justify="right")
     table.add_column("data", no_wrap=True)
     for attempt in ledger.attempts:
-        done = sum(step.attempt == attempt.attempt for step in ledger.steps)
+        own = (attempt.attempt, attempt.part)
+        done = sum((step.attempt, step.part) == own for step in ledger.steps)
+        name = f"{attempt.attempt}.{attempt.part}" if attempt.part else str(attempt.attempt)
         table.add_row(
-            *(str(attempt.attempt), str(attempt.world_size), str(attempt.micro_batch_rows)),
+            *(name, str(attempt.world_size), str(attempt.micro_batch_rows)),
             *(f"{attempt.step:,}", f"{attempt.position:,}", f"{done:,}"),
             ", ".join(map(str, attempt.sizes)),
             f"{attempt.data_hash[:12]}{', change accepted' if attempt.accepted_change else ''}",
@@ -96,10 +102,23 @@ def summary(ledger: Ledger, num_recomputed: int, problems: list[str]) -> list[st
     again = len(ledger.steps) - len(chain)
     told = []
     if chain and not problems:
+        skipped = ledger.skipped_rows()
+        but = f", but {skipped:,} that were passed over" if skipped else ""
         told.append(
-            f"steps 1 to {chain[-1].step:,} took rows 0 to {chain[-1].last:,}, each once; {again:,} steps "
-            "were done again after restarts, with the same tokens"
+            f"steps 1 to {chain[-1].step:,} took rows 0 to {chain[-1].last:,}, each once{but}; {again:,} "
+            "steps were undone by restarts and rollbacks; on the same rows again they had the same tokens"
         )
+        if skipped:
+            ranges = ledger.attempts[-1].passed_over.ranges
+            told.append(
+                "passed over on purpose (skipped_rows.json says why): rows "
+                + ", ".join(f"{first:,} to {last:,}" for first, last in ranges)
+            )
+        if withheld := [step for step in chain if step.withheld]:
+            told.append(
+                f"{len(withheld):,} steps read their rows and updated nothing: "
+                + ", ".join(str(step.step) for step in withheld)
+            )
     for attempt in ledger.attempts:
         if attempt.accepted_change:
             told.append(

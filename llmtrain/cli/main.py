@@ -13,6 +13,7 @@ VERBS = {
     "plan": "a budget to a model, tokens, a layout and a bill, and an experiment YAML",
     "train": "train, or resume, or with check_only=true find every mistake first",
     "submit": "train, data or evaluate as a job of Slurm: checked, written, handed over",
+    "doctor": "this machine as a run would find it: software, limits, storage, GPUs, names, gloo",
     "verify": "a small copy of a training config on its layout against one process: same numbers?",
     "evaluate": "held-out loss, perplexity and bits per byte of a checkpoint",
     "generate": "sample text from a checkpoint",
@@ -23,6 +24,7 @@ VERBS = {
     "status": "the runs of a folder: state, step, loss, rate, time left, goodput",
     "watch": "one run in the terminal, as it goes: curves and events",
     "tensorboard": "a run's curves as files for TensorBoard, followed while it goes",
+    "dashboard": "a project's dashboard at W&B, created or brought up to date",
     "bench": "measure ourselves against the limit or a rival",
 }
 PARTS = {

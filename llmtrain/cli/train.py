@@ -16,8 +16,10 @@ import yaml
 from llmtrain import files
 from llmtrain.cli.compose import fail, run_verb, sweep_folder
 from llmtrain.errors import LLMTrainError
+from llmtrain.launch.environment import array_job, job_end
 from llmtrain.log import setup_logging, world_size
 from llmtrain.parallel.config import EngineKind
+from llmtrain.tracking.config import WandbMode, sweep_group
 from llmtrain.train.check import check_train
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.deadline import EXIT_AGAIN, EXIT_NEVER, Deadline, leave_with
@@ -29,13 +31,16 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    run_verb("train", TrainRoot, partial(run, deadline=Deadline()))
+    run_verb("train", TrainRoot, partial(run, deadline=Deadline(end=job_end(os.environ))))
 
 
 def run(cfg: TrainRoot, deadline: Deadline) -> None:
     folder = sweep_folder()
     if folder is not None:
         cfg = replace(cfg, run=replace(cfg.run, folder=str(folder)))
+    if cfg.tracking.wandb_group is None and cfg.tracking.wandb is not WandbMode.off:
+        group = sweep_group(array_job=array_job(os.environ), sweep_folder=folder)
+        cfg = replace(cfg, tracking=replace(cfg.tracking, wandb_group=group))
     if cfg.check_only:
         report_check(cfg)
     elif folder is not None:
@@ -54,7 +59,7 @@ def run_job(cfg: TrainRoot) -> None:
     """Be one job of a --multirun."""
     setup_logging()
     try:
-        start_training(cfg, Deadline())
+        start_training(cfg, Deadline(end=job_end(os.environ)))
     except LLMTrainError as error:
         fail(str(error))
 

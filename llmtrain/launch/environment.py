@@ -3,6 +3,7 @@ only."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -65,3 +66,15 @@ def outside_a_job(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if not name.startswith("SLURM_") or name == "SLURM_CONF"
     }
+
+
+def job_end(environment: Mapping[str, str]) -> float:
+    """Unix seconds at which Slurm ends this job; infinite outside of one (sbatch's manual, output
+    environment variables)."""
+    told = environment.get("SLURM_JOB_END_TIME", "")
+    return float(told) if told.isdigit() and int(told) > 0 else math.inf
+
+
+def array_job(environment: Mapping[str, str]) -> str | None:
+    """Id of the job array that this process is a task of."""
+    return environment.get("SLURM_ARRAY_JOB_ID")

@@ -1,6 +1,7 @@
 """Batches for one rank: its rows are arithmetic on the run's position, so any layout reads the same rows.
 
-The step that begins at position p consumes the next `sizes.rows_at(p)` rows of the order. Data-parallel
+The step that begins at position p consumes the next `sizes.rows_at(p)` rows of the order, but for those that
+the run passes over (loader/skipped.py). Data-parallel
 rank r takes the r-th of dp_size equal parts, micro batch by micro batch. Nothing else is state: a resumed
 run needs p alone, and may change dp_size and micro_batch_rows.
 """
@@ -24,8 +25,10 @@ from llmtrain.errors import ConfigError, DataError, LLMTrainError
 from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.loader.ledger import MASK_64, hash_rows
+from llmtrain.loader.skipped import PassedOver
 
 GIVE_UP_POLL_S = 0.2
+NOTHING = PassedOver()
 NO_ROW = -1
 """In `Batch.rows`: a row that only fills up the batch, all of it masked."""
 
@@ -125,6 +128,7 @@ class Batches:
         prefetch_steps: int = 2,
         pin_memory: bool = False,
         timeout_s: float = READ_TIMEOUT_S,
+        passed_over: PassedOver = NOTHING,
     ) -> None:
         for size in sizes.sizes:
             check_split(global_batch_rows=size, micro_batch_rows=micro_batch_rows, dp_size=dp_size)
@@ -138,6 +142,7 @@ class Batches:
         self.prefetch_steps = prefetch_steps
         self.pin_memory = pin_memory
         self.timeout_s = timeout_s
+        self._passed_over = passed_over
         self._ahead: dict[int, Future[StepBatches]] = {}
         """By the position of the step; in the order in which they are read."""
         self._wake = threading.Condition()
@@ -145,8 +150,23 @@ class Batches:
         self._thread: threading.Thread | None = None
         self._is_closed = False
 
+    def pass_over(self, passed_over: PassedOver) -> None:
+        """From now on take no row of these; what was read ahead is forgotten."""
+        self._passed_over = passed_over
+        self._forget()
+
+    def span(self, position: int) -> tuple[int, int]:
+        """Position of the first and of the last row of the step that a run takes when it stands at
+        `position`. Where rows are passed over, fewer than all between them are the step's."""
+        spans = self._passed_over.step_spans(position, self.sizes)
+        return spans[0][0], spans[-1][1]
+
+    def positions(self, first: int, last: int) -> npt.NDArray[np.int64]:
+        """Of all rows of the step that takes `first` to `last`."""
+        return self._passed_over.positions_between(first, last)
+
     def step(self, position: int, *, give_up: Callable[[], bool] = lambda: False) -> StepBatches:
-        """This rank's part of the step that begins at row `position`.
+        """This rank's part of the step that a run takes when it stands at `position`.
 
         Args:
             give_up: asked now and then during a long read: whether nobody wants it any more.
@@ -170,19 +190,19 @@ class Batches:
                     "the file system of the data there? The thread that reads is still waiting for it"
                 )
         found = read.result()
-        self._enqueue(position + self.sizes.rows_at(position), self.prefetch_steps)
+        self._enqueue(self.span(position)[1] + 1, self.prefetch_steps)
         return found
 
     def _read(self, position: int) -> StepBatches:
-        per_rank = self.sizes.rows_at(position) // self.dp_size
-        first = position + self.dp_rank * per_rank
-        rows = self.order.rows_at(np.arange(first, first + per_rank))
+        first = self._passed_over.next_position(position)
+        places = self._passed_over.positions(first, self.sizes.rows_at(first))
+        mine = np.array_split(places, self.dp_size)[self.dp_rank].reshape(-1, self.micro_batch_rows)
         micro_batches, total = [], 0
-        for number, part in enumerate(rows.reshape(-1, self.micro_batch_rows)):
-            block = self.rows.read_many(part)
-            total += hash_rows(first + number * self.micro_batch_rows, block.tokens)
-            start = first + number * self.micro_batch_rows
-            batch = replace(to_batch(block, part), places=np.arange(start, start + self.micro_batch_rows))
+        for at in mine:
+            rows = self.order.rows_at(at)
+            block = self.rows.read_many(rows)
+            total += hash_rows(at, block.tokens)
+            batch = replace(to_batch(block, rows), places=at)
             micro_batches.append(batch.pinned() if self.pin_memory else batch)
         return StepBatches(micro_batches, total & MASK_64)
 
@@ -193,7 +213,7 @@ class Batches:
                 if position not in self._ahead:
                     self._ahead[position] = Future()
                     self._queue.append((position, self._ahead[position]))
-                position += self.sizes.rows_at(position)
+                position = self.span(position)[1] + 1
             self._wake.notify()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="read rows ahead", daemon=True)

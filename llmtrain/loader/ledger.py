@@ -3,7 +3,8 @@
 `ledger.jsonl` in the run folder has a line when a process group starts or resumes (an attempt), with where it
 starts and all that decides which row is where, and a line after every step. The hash of a step is a sum over
 its rows, so it is the same for any number of ranks and any micro batch, and ranks' parts just add up. Read
-as a whole, the lines prove that a run with all its restarts took every row of its order once.
+as a whole, the lines prove that a run with all its restarts took every row of its order once, but those that
+it passed over on purpose. A rollback begins another part of the attempt, with a line like an attempt's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import xxhash
 
 from llmtrain.errors import DataError, DiskError
 from llmtrain.loader.batch_sizes import BatchSizes
+from llmtrain.loader.skipped import PassedOver
 
 LEDGER_NAME = "ledger.jsonl"
 MASK_64 = 2**64 - 1
@@ -29,16 +31,19 @@ ATTEMPT_BEGINS = b'{"kind": "attempt"'
 Int64 = npt.NDArray[np.int64]
 
 
-def hash_rows(first: int, tokens: Int64) -> int:
+def hash_rows(positions: int | Int64, tokens: Int64) -> int:
     """Sum modulo 2^64 of xxh3_64 of each row: its position (u64) and its tokens (u32), little endian.
 
     Args:
-        first: position of the first of these rows; the others follow.
+        positions: of these rows, or of the first, if the others follow it.
         tokens: [rows, seq_len].
     """
     total = 0
-    for number, row in enumerate(tokens.astype("<u4")):
-        digest = xxhash.xxh3_64((first + number).to_bytes(8, "little"))
+    at = np.asarray(positions, dtype=np.int64)
+    if at.ndim == 0:
+        at = at + np.arange(len(tokens))
+    for position, row in zip(at.tolist(), tokens.astype("<u4"), strict=True):
+        digest = xxhash.xxh3_64(position.to_bytes(8, "little"))
         digest.update(row.data)
         total += digest.intdigest()
     return total & MASK_64
@@ -46,7 +51,7 @@ def hash_rows(first: int, tokens: Int64) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """A start of the run's processes."""
+    """A start of the run's processes, or where they began again after a rollback."""
 
     attempt: int
     step: int
@@ -64,10 +69,23 @@ class Attempt:
     """Of all that decides rows and their order but the seed."""
     accepted_change: bool = False
     """Whether the user said that other data than before is meant."""
+    part: int = 0
+    """Rollbacks of this attempt before."""
+    skipped: list[list[int]] = field(default_factory=list)
+    """Positions that are passed over from here on, as [first, last]."""
 
     @property
     def batch_sizes(self) -> BatchSizes:
         return BatchSizes(tuple(self.starts), tuple(self.sizes))
+
+    @property
+    def passed_over(self) -> PassedOver:
+        return PassedOver.of(self.skipped)
+
+    @property
+    def name(self) -> str:
+        after = f", after rollback {self.part}" if self.part else ""
+        return f"attempt {self.attempt}{after}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +101,10 @@ class Step:
     """Of its last row."""
     hash: str
     """Of their tokens, 16 hex digits."""
+    part: int = 0
+    """Of the attempt."""
+    withheld: bool = False
+    """Whether the rows were read and nothing was updated."""
 
 
 class LedgerWriter:
@@ -96,17 +118,35 @@ class LedgerWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = open(path, "ab+", buffering=0)  # noqa: SIM115 - closed in close()
         self.path = path
-        self.attempt = attempt.attempt
+        self._attempt = attempt
         self.failure: DiskError | None = None
         end = self._handle.seek(0, os.SEEK_END)
         self._handle.seek(max(0, end - 1))
         torn = self._handle.read(1) not in (b"", b"\n")
         self._write({"kind": "attempt", **asdict(attempt)}, before=b"\n" if torn else b"")
 
-    def step(self, step: int, *, first: int, last: int, tokens_hash: int) -> None:
+    def step(self, step: int, *, first: int, last: int, tokens_hash: int, withheld: bool = False) -> None:
         """Note a step that is done."""
-        entry = Step(attempt=self.attempt, step=step, first=first, last=last, hash=f"{tokens_hash:016x}")
+        entry = Step(
+            attempt=self._attempt.attempt,
+            part=self._attempt.part,
+            step=step,
+            first=first,
+            last=last,
+            hash=f"{tokens_hash:016x}",
+            withheld=withheld,
+        )
         self._write({"kind": "step", **asdict(entry)})
+
+    def roll_back(self, *, step: int, position: int, skipped: PassedOver) -> None:
+        """Note that the run goes on after `step` again, at row `position`, and what it passes over; on the
+        disk on return."""
+        ranges = [[first, last] for first, last in skipped.ranges]
+        self._attempt = replace(
+            self._attempt, part=self._attempt.part + 1, step=step, position=position, skipped=ranges
+        )
+        self._write({"kind": "attempt", **asdict(self._attempt)})
+        self.sync()
 
     def sync(self) -> None:
         """Make the lines durable, before a checkpoint says that their steps were done."""
@@ -146,29 +186,60 @@ class Ledger:
     """Lines that a kill cut off."""
 
     def by_attempt(self) -> list[tuple[Attempt, list[Step]]]:
-        """Every attempt with the steps that it did."""
-        steps: dict[int, list[Step]] = {attempt.attempt: [] for attempt in self.attempts}
+        """Every attempt, and every part of one, with the steps that it did."""
+        steps: dict[tuple[int, int], list[Step]] = {(each.attempt, each.part): [] for each in self.attempts}
         for step in self.steps:
-            steps[step.attempt].append(step)
-        return [(attempt, steps[attempt.attempt]) for attempt in self.attempts]
+            steps[step.attempt, step.part].append(step)
+        return [(each, steps[each.attempt, each.part]) for each in self.attempts]
 
     def surviving(self) -> list[Step]:
         """The steps of the run as it is now: of a step done twice the last."""
         kept: dict[int, Step] = {}
         for attempt, steps in self.by_attempt():
-            if steps:
+            if steps or attempt.part:
                 kept = {number: old for number, old in kept.items() if number <= attempt.step}
                 kept |= {step.step: step for step in steps}
         return [kept[number] for number in sorted(kept)]
 
-    def last_of(self, step: int) -> tuple[Step, Attempt]:
-        """The step as it was done last, and the attempt that did it."""
+    def skipped_rows(self) -> int:
+        """How many rows the run as it is now has passed over."""
+        starts = {(each.attempt, each.part): each for each in self.attempts}
+        total, position = 0, 0
+        for step in self.surviving():
+            total += starts[step.attempt, step.part].passed_over.num_between(position, step.last)
+            position = step.last + 1
+        return total
+
+    def positions_of(self, step: Step) -> Int64:
+        """Every row that the step took."""
+        start = next(each for each in self.attempts if (each.attempt, each.part) == (step.attempt, step.part))
+        return start.passed_over.positions_between(step.first, step.last)
+
+    def last_of(
+        self, step: int | None = None, *, position: int | None = None, attempt: int | None = None
+    ) -> tuple[Step, Attempt]:
+        """The step as it was done last, and the attempt that did it.
+
+        Args:
+            step: its number; None: any.
+            position: of a row that it took; None: any. After a rollback two steps of one number have other
+                rows.
+            attempt: that did it; None: any.
+        """
+        starts = {(each.attempt, each.part): each for each in self.attempts}
         for entry in reversed(self.steps):
-            if entry.step == step:
-                return entry, next(each for each in self.attempts if each.attempt == entry.attempt)
+            start = starts[entry.attempt, entry.part]
+            has_row = position is None or (
+                entry.first <= position <= entry.last
+                and start.passed_over.next_position(position) == position
+            )
+            if step in (None, entry.step) and attempt in (None, entry.attempt) and has_row:
+                return entry, start
+        asked = {"step": step, "position": position, "attempt": attempt}
+        told = ", ".join(f"{name} {value}" for name, value in asked.items() if value is not None)
         known = [entry.step for entry in self.steps]
-        told = f"{min(known)} to {max(known)}" if known else "none"
-        raise DataError(f"step {step} is not in the ledger; steps there: {told}")
+        there = f"{min(known)} to {max(known)}" if known else "none"
+        raise DataError(f"{told} is not in the ledger; steps there: {there}")
 
 
 def read_ledger(path: Path) -> Ledger:
@@ -198,10 +269,13 @@ def read_ledger(path: Path) -> Ledger:
         if kind == "attempt":
             ledger.attempts.append(Attempt(**value))
             continue
-        ledger.steps.append(Step(**value))
-        if all(ledger.steps[-1].attempt != attempt.attempt for attempt in reversed(ledger.attempts)):
+        step = Step(**value)
+        ledger.steps.append(step)
+        begun = ((each.attempt, each.part) for each in reversed(ledger.attempts))
+        if (step.attempt, step.part) not in begun:
+            part = f", part {step.part}" if step.part else ""
             raise DataError(
-                f"{path}, line {number}: a step of attempt {ledger.steps[-1].attempt}, whose own line is not "
+                f"{path}, line {number}: a step of attempt {step.attempt}{part}, whose own line is not "
                 "there; restore the file"
             )
     return ledger
@@ -209,48 +283,52 @@ def read_ledger(path: Path) -> Ledger:
 
 def contradictions(ledger: Ledger) -> Iterator[str]:
     """What in a ledger does not fit together, a sentence each. Nothing: every row of the order was taken
-    once, up to the last step.
+    once, up to the last step, or passed over as the ledger says.
     """
     if not ledger.attempts:
         yield "there is no attempt in it"
         return
     chain: dict[int, Step] = {}
     """The run as it is after each attempt."""
-    done: dict[int, Step] = {}
-    """Whatever was done, whether it stands or not."""
+    done: dict[int, tuple[Step, list[tuple[int, int]]]] = {}
+    """Whatever was done, whether it stands or not, and its rows."""
     last: Attempt | None = None
     for attempt, steps in ledger.by_attempt():
-        who = f"attempt {attempt.attempt}"
+        who, passed_over = attempt.name, attempt.passed_over
         before = chain.get(attempt.step)
         if attempt.step != 0 and before is None:
             yield f"{who} starts after step {attempt.step}, which the run had not come to"
-        elif before is not None and before.last + 1 != attempt.position:
+        elif before is not None and not _follows(passed_over, before.last + 1, attempt.position):
             yield (
                 f"{who} starts at row {attempt.position:,}, but step {attempt.step} ended with row "
                 f"{before.last:,}"
             )
-        elif attempt.step == 0 and attempt.position != 0:
+        elif attempt.step == 0 and not _follows(passed_over, 0, attempt.position):
             yield f"{who} starts at row {attempt.position:,} without a step before it"
         chain = {number: step for number, step in chain.items() if number <= attempt.step}
-        if last is not None and not attempt.accepted_change:
-            for name in ("seq_len", "seed", "data_hash"):
-                old, new = getattr(last, name), getattr(attempt, name)
-                if old != new:
-                    yield f"{who} has another {name} than the one before: {new}, not {old}"
+        if last is not None:
+            if not attempt.accepted_change:
+                for name in ("seq_len", "seed", "data_hash"):
+                    old, new = getattr(last, name), getattr(attempt, name)
+                    if old != new:
+                        yield f"{who} has another {name} than the one before: {new}, not {old}"
+            for begin, end in last.passed_over.ranges:
+                if passed_over.num_between(begin, end) < end + 1 - begin:
+                    yield f"{who} takes rows {begin:,} to {end:,} again, which the run had passed over"
         last = attempt
         position, number = attempt.position, attempt.step
         for step in steps:
-            end = position + attempt.batch_sizes.rows_at(position) - 1
-            if (step.step, step.first, step.last) != (number + 1, position, end):
+            spans = passed_over.step_spans(position, attempt.batch_sizes)
+            first, end = spans[0][0], spans[-1][1]
+            if (step.step, step.first, step.last) != (number + 1, first, end):
                 yield (
                     f"step {step.step} of {who} took rows {step.first:,} to {step.last:,}; next was step "
-                    f"{number + 1} with rows {position:,} to {end:,}"
+                    f"{number + 1} with rows {first:,} to {end:,}"
                 )
-            old_step = done.get(step.step)
-            is_again = old_step is not None and (old_step.first, old_step.last) == (step.first, step.last)
+            old_step, old_spans = done.get(step.step, (None, None))
             if (
                 old_step is not None
-                and is_again
+                and old_spans == spans
                 and old_step.hash != step.hash
                 and not attempt.accepted_change
             ):
@@ -258,5 +336,11 @@ def contradictions(ledger: Ledger) -> Iterator[str]:
                     f"step {step.step} was done by attempts {old_step.attempt} and {step.attempt} on rows "
                     f"{step.first:,} to {step.last:,}, with other tokens: {old_step.hash} and {step.hash}"
                 )
-            chain[step.step] = done[step.step] = step
+            chain[step.step], done[step.step] = step, (step, spans)
             position, number = step.last + 1, step.step
+
+
+def _follows(passed_over: PassedOver, position: int, start: int) -> bool:
+    """Whether a run that stands at `position` may go on at `start`: there, or after rows that it passes
+    over."""
+    return start == position or start == passed_over.next_position(position)

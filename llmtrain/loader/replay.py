@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from llmtrain.errors import DataError
 from llmtrain.loader.config import LoaderConfig
-from llmtrain.loader.ledger import LEDGER_NAME, Attempt, Ledger, Step, hash_rows, read_ledger
+from llmtrain.loader.ledger import LEDGER_NAME, Attempt, Int64, Ledger, Step, hash_rows, read_ledger
 from llmtrain.loader.open import OpenData, open_data
 
 CHUNK_ROWS = 64
@@ -53,46 +51,62 @@ class PastRun:
                 f"{last.data_hash[:12]}; put the old data back where the run's config names it"
             )
 
-    def step(self, number: int) -> tuple[Step, Attempt]:
-        """The step (counted from 1) as it was done last, and the attempt that did it."""
-        step, attempt = self.ledger.last_of(number)
-        if attempt.data_hash != self.data.hash:
+    def step(
+        self, number: int, *, position: int | None = None, attempt: int | None = None
+    ) -> tuple[Step, Attempt]:
+        """The step (counted from 1) as it was done last, and the attempt that did it.
+
+        Args:
+            position: of a row that it took: after a rollback two steps of one number have other rows.
+            attempt: that did it.
+        """
+        step, start = self.ledger.last_of(number, position=position, attempt=attempt)
+        if start.data_hash != self.data.hash:
             raise DataError(
                 f"step {number} of {self.folder} read other data, before a change that was accepted: hash "
-                f"{attempt.data_hash[:12]}, now {self.data.hash[:12]}"
+                f"{start.data_hash[:12]}, now {self.data.hash[:12]}"
             )
-        return step, attempt
+        return step, start
 
     def rows_of(
-        self, number: int, *, rank: int | None = None, micro_batch: int | None = None
+        self,
+        number: int,
+        *,
+        rank: int | None = None,
+        micro_batch: int | None = None,
+        position: int | None = None,
+        attempt: int | None = None,
     ) -> list[StepRow]:
         """The rows of a step in its order, or those of one rank, or those of one micro batch of the ranks.
+
+        Args:
+            position: as in `step`, as is `attempt`.
 
         Raises:
             DataError: the ledger has no such step, or the step no such rank or micro batch.
         """
-        step, attempt = self.step(number)
-        per_rank = (step.last + 1 - step.first) // attempt.world_size
-        num_micro = per_rank // attempt.micro_batch_rows
-        if rank is not None and not 0 <= rank < attempt.world_size:
-            raise DataError(f"rank={rank}: step {number} was done by ranks 0 to {attempt.world_size - 1}")
+        step, start = self.step(number, position=position, attempt=attempt)
+        positions = self.positions_of(step)
+        per_rank = len(positions) // start.world_size
+        num_micro = per_rank // start.micro_batch_rows
+        if rank is not None and not 0 <= rank < start.world_size:
+            raise DataError(f"rank={rank}: step {number} was done by ranks 0 to {start.world_size - 1}")
         if micro_batch is not None and not 0 <= micro_batch < num_micro:
             raise DataError(
                 f"micro_batch={micro_batch}: in step {number} each rank had micro batches 0 to "
                 f"{num_micro - 1}"
             )
-        positions = np.arange(step.first, step.last + 1)
         found = []
-        for position, global_row in zip(
-            positions.tolist(), self.data.order.rows_at(positions).tolist(), strict=True
+        for at, (place, global_row) in enumerate(
+            zip(positions.tolist(), self.data.order.rows_at(positions).tolist(), strict=True)
         ):
-            of_rank, in_rank = divmod(position - step.first, per_rank)
+            of_rank, in_rank = divmod(at, per_rank)
             source, row = self.data.train.place(global_row)
             found.append(
                 StepRow(
-                    position=position,
+                    position=place,
                     rank=of_rank,
-                    micro_batch=in_rank // attempt.micro_batch_rows,
+                    micro_batch=in_rank // start.micro_batch_rows,
                     global_row=global_row,
                     source=source,
                     row=row,
@@ -102,12 +116,19 @@ class PastRun:
             each for each in found if rank in (None, each.rank) and micro_batch in (None, each.micro_batch)
         ]
 
+    def positions_of(self, step: Step) -> Int64:
+        """Of the step's rows in the run: what is passed over in between is not among them."""
+        for start in self.ledger.attempts:
+            if (start.attempt, start.part) == (step.attempt, step.part):
+                return start.passed_over.positions_between(step.first, step.last)
+        raise AssertionError(f"read_ledger has looked for the start of {step}")
+
     def recomputed(self, step: Step) -> int:
         """The hash of the step's tokens, read again."""
-        total = 0
-        for first in range(step.first, step.last + 1, CHUNK_ROWS):
-            positions = np.arange(first, min(first + CHUNK_ROWS, step.last + 1))
-            total += hash_rows(first, self.data.train.read_many(self.data.order.rows_at(positions)).tokens)
+        total, positions = 0, self.positions_of(step)
+        for first in range(0, len(positions), CHUNK_ROWS):
+            some = positions[first : first + CHUNK_ROWS]
+            total += hash_rows(some, self.data.train.read_many(self.data.order.rows_at(some)).tokens)
         return total % 2**64
 
     def of_this_data(self, steps: list[Step]) -> list[Step]:

@@ -125,16 +125,6 @@ def _fp16_off_cuda(layout: Layout) -> str | None:
     )
 
 
-def _fp16_at_zero_3(layout: Layout) -> str | None:
-    is_deepspeed = layout.engine is EngineKind.deepspeed
-    if layout.precision != "fp16" or layout.zero_stage != 3 or not is_deepspeed:
-        return None
-    return (
-        "train.precision=fp16 with parallel.zero_stage=3: DeepSpeed does not go on after an overflow there; "
-        "set train.precision=bf16 or parallel.zero_stage=2"
-    )
-
-
 def _accelerate_with_fp16(layout: Layout) -> str | None:
     if layout.precision != "fp16":
         return None
@@ -372,13 +362,6 @@ RULES: tuple[Rule, ...] = (
         kind="combination",
         engine=EngineKind.deepspeed,
         find=_muon_at_zero_3,
-    ),
-    Rule(
-        name="fp16_at_zero_3",
-        reason="After a step that an overflow skips, ZeRO-3 of DeepSpeed 0.19.8 stops with a tracing error "
-        "at weights that are used outside of their layer, as embedding and head are here (seen).",
-        kind="combination",
-        find=_fp16_at_zero_3,
     ),
     Rule(
         name="selective_at_zero_3",

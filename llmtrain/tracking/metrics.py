@@ -113,8 +113,8 @@ def read_lines(path: Path) -> list[Record]:
 def read_metrics(path: Path) -> list[Record]:
     """The records that stand, in order of step.
 
-    For each (kind, step) the last attempt's record stands, and steps that a later attempt went back behind do
-    not stand at all. Events are history, not values of a step: all of them are kept.
+    For each (kind, step) the last attempt's record stands, and steps that a later attempt, or a rollback,
+    went back behind do not stand at all. Events are history, not values of a step: all of them are kept.
     """
     return standing(read_lines(path))
 
@@ -133,11 +133,20 @@ def standing(records: Iterable[Record]) -> list[Record]:
         limit = limits[record["attempt"]]
         if record["kind"] == "event":
             last["event", number] = record
+            if record.get("what") == "rolled_back":
+                _take_back(last, record)
         elif limit is None or record["step"] <= limit:
             key = (record["kind"], record["step"])
             if key not in last or last[key]["attempt"] <= record["attempt"]:
                 last[key] = record
     return sorted(last.values(), key=lambda record: (record["step"], record["attempt"]))
+
+
+def _take_back(last: dict[tuple[object, ...], Record], rolled_back: Record) -> None:
+    """Of what stood, drop what the run has gone back behind."""
+    for key, record in list(last.items()):
+        if record["kind"] != "event" and record["step"] > rolled_back["step"]:
+            del last[key]
 
 
 def attempt_begins(records: Iterable[Record]) -> dict[int, int]:

@@ -1,5 +1,5 @@
-"""One record, every reader: metrics.jsonl first, then the console and W&B. Ranks other than 0 get the silent
-twin."""
+"""One record: into metrics.jsonl, which W&B and others read, and to the console. Ranks other than 0 get the
+silent twin."""
 
 from __future__ import annotations
 
@@ -104,9 +104,11 @@ class RunRecorder:
         run_name: str,
         run_config: Mapping[str, Any],
         forecast: Forecast | None = None,
+        wandb_run_id: str | None = None,
     ) -> None:
         """
         Args:
+            wandb_run_id: of the checkpoint that the run goes on from; None for a run that begins.
             forecast: what the run's plan says about it: a `plan` record beside what was measured, at the
                 start, at every evaluation and at the end.
         """
@@ -124,7 +126,9 @@ class RunRecorder:
         if cfg.wandb is not WandbMode.off:
             self._wandb = WandbSink(
                 cfg,
-                run_folder=metrics.parent,
+                metrics,
+                attempt=attempt,
+                run_id=wandb_run_id,
                 run_name=run_name,
                 run_config=run_config,
                 report=self._wandb_says,
@@ -175,7 +179,7 @@ class RunRecorder:
             self._metrics.close()
 
     def _write(self, kind: str, step: int, fields: Mapping[str, object]) -> dict[str, Any]:
-        """Write one record everywhere and return it. After a first failure metrics.jsonl is left alone."""
+        """Write one record and return it. After a first failure metrics.jsonl is left alone."""
         record: dict[str, Any] = {"kind": kind, "step": step, **fields}
         if self.failure is None:
             try:
@@ -188,7 +192,7 @@ class RunRecorder:
                     f"and resume, the checkpoints so far are whole"
                 )
         if self._wandb is not None:
-            self._wandb.log(record)
+            self._wandb.relay()
         return record
 
     def _hold_against_plan(self) -> None:

@@ -248,7 +248,7 @@ def findings_of(run: RunData) -> Iterator[Finding]:
     for text in dict.fromkeys(
         str(event.get("text")) for event in run.of_kind("event") if event.get("what") == "wandb"
     ):
-        if "dropped" in text or "not " in text:
+        if "not " in text:
             yield Finding("info", f"W&B: {text}.")
 
 

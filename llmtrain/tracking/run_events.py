@@ -20,6 +20,7 @@ TITLES = {
     "snapshot": "snapshot in memory",
     "wandb": "W&B",
     "overflow": "fp16 overflow, step skipped",
+    "rolled_back": "went back",
 }
 LEVELS = {
     "finished": "good",
@@ -73,6 +74,8 @@ def told(record: Mapping[str, Any]) -> Told:
         "snapshot": lambda: _save_details(record),
         "wandb": lambda: str(record.get("text", "")),
         "stopped": lambda: f"by {record.get('signal', 'a signal')}",
+        "spike": lambda: f"{record.get('action')}: {record.get('reason')}",
+        "rolled_back": lambda: f"after step {record['step']}: {record.get('reason', '')}",
         "failed": lambda: str(record.get("error", "no reason recorded")),
     }.get(what, lambda: fields_of(record))()
     return Told(

@@ -49,7 +49,8 @@ from llmtrain.model.block import Block
 from llmtrain.model.seams import Seams
 from llmtrain.model.transformer import Transformer
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
-from llmtrain.train.engine import StepResult
+from llmtrain.train.engine import Judge, StepResult
+from llmtrain.train.heartbeat import Mark, no_mark
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
@@ -79,6 +80,7 @@ class AccelerateEngine:
         self.num_optimizer_steps = 0
         self.optimizer_kind = optimizer.kind
         self.state_kinds = all_state_kinds(optimizer.kind)
+        self.mark: Mark = no_mark
         self.is_split = placement.parallel.zero_stage >= 2
         """Whether each rank keeps its rows of every weight alone."""
         self._grad_clip = train.grad_clip
@@ -131,7 +133,7 @@ class AccelerateEngine:
 
     # -- the step
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer update from this rank's micro batches."""
         mine = [self.placement.cut(batch) for batch in micro_batches]
         (num_valid,) = self._sum(sum(batch.num_valid for batch in mine))
@@ -145,14 +147,20 @@ class AccelerateEngine:
             self._optimizer.zero_grad(set_to_none=True)
             self._has_sorted_buckets = True
         loss_sum = self._add_gradients(mine, scale=self.data.size / divisor)
+        self.mark("update")
         norm = self._clip_gradient()
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        # of the norm one rank speaks: all judge by the same bits
+        loss_sum, norm = self._sum(loss_sum, norm if self.data.rank == 0 else 0.0)
+        updates = judge is None or judge(loss_sum / divisor, norm)
+        if updates:
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            self.num_optimizer_steps += 1
         self._optimizer.zero_grad(set_to_none=True)
-        self.num_optimizer_steps += 1
-        (loss_sum,) = self._sum(loss_sum)
-        return StepResult(loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid))
+        return StepResult(
+            loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid), is_withheld=not updates
+        )
 
     def _add_gradients(self, micro_batches: list[Batch], *, scale: float) -> float:
         """Forward and backward of every micro batch; this rank's loss sum."""
@@ -160,8 +168,10 @@ class AccelerateEngine:
         for number, batch in enumerate(micro_batches, start=1):
             travels = self.is_split or number == len(micro_batches)
             with nullcontext() if travels else self._accelerator.no_sync(self._wrapped):
+                self.mark("forward", micro_step=number)
                 micro_loss_sum = self._loss_sum(batch)
                 loss_sum += micro_loss_sum.detach()
+                self.mark("backward", micro_step=number)
                 self._accelerator.backward(micro_loss_sum * scale)
         return float(loss_sum)
 
@@ -183,7 +193,8 @@ class AccelerateEngine:
         """Loss sum in nats and number of targets over all ranks. Every rank brings as many batches."""
         self._wrapped.eval()
         loss_sum, num_valid = 0.0, 0
-        for batch in map(self.placement.cut, batches):
+        for number, batch in enumerate(map(self.placement.cut, batches), start=1):
+            self.mark("evaluate", micro_step=number)
             loss_sum += float(self._loss_sum(batch))
             num_valid += batch.num_valid
         self._drop_gathered_weights()

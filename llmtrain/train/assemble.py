@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import socket
 import sys
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain import files
+from llmtrain.checkpoint.find import checkpoint_path, list_checkpoints, remove
 from llmtrain.checkpoint.format import some
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.saver import Saver
@@ -30,8 +32,10 @@ from llmtrain.errors import EXIT_FAILED, CheckpointError, ConfigError, DiskError
 from llmtrain.files import FolderLock
 from llmtrain.loader.batches import Batches
 from llmtrain.loader.config import Verify
+from llmtrain.loader.documents import documents_of
 from llmtrain.loader.ledger import LEDGER_NAME, Attempt, LedgerWriter
 from llmtrain.loader.open import OpenData, open_same
+from llmtrain.loader.skipped import SKIPPED_NAME, PassedOver, SkippedWindow, read_skipped, write_skipped
 from llmtrain.model.size import num_params
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
@@ -39,21 +43,23 @@ from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import next_attempt, read_lines
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.tracking.run_data import find_plan
-from llmtrain.tracking.wandb import wandb_id
+from llmtrain.tracking.wandb import node_sink, wandb_id
 from llmtrain.train.certificate import differences
 from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train, compare_to_checkpoint
 from llmtrain.train.config import Intent, Precision, TrainRoot
 from llmtrain.train.deadline import Deadline
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
-from llmtrain.train.loop import MFU_CONVENTION, Progress, held_out_sums, train
+from llmtrain.train.loop import MFU_CONVENTION, Progress, RollBackError, held_out_sums, train
 from llmtrain.train.memory_tier import MemoryTier, folder_in
 from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
+from llmtrain.train.preflight import REPORT_NAME, check_before_meeting, run_preflight
 from llmtrain.train.ranks import join_ranks
 from llmtrain.train.retries import check_retries
 from llmtrain.train.roll_call import RollCall
 from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from, run_folder
+from llmtrain.train.spikes import SpikeWatch, Verdict, write_spike
 from llmtrain.train.start_up import StartUp
 from llmtrain.train.state import CountedSource, host_memory
 
@@ -79,6 +85,8 @@ class Start:
     data_hash: str
     accepted_change: bool
     """Whether the checkpoint was trained on other data, and the user said that is meant."""
+    skipped: list[SkippedWindow]
+    """Rows that the run passes over."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +115,15 @@ def run_training(
     """
     with ExitStack() as stack:
         roll_call = stack.enter_context(RollCall(silence_s=cfg.train.start_up_silence_s, deadline=deadline))
+        check_before_meeting(cfg.preflight)
         device = join_ranks(timeout_s=cfg.train.process_group_timeout_s)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_up.mark("ranks")
         deadline.leave_at_once(during_start=world_size == 1)
         folder = run_folder(cfg)
         stack.callback(_leave_ranks)
+        preflight = run_preflight(cfg, cfg.preflight, device=device, gather=_gather)
+        start_up.mark("preflight")
         start = _from_rank_0(lambda: _decide(cfg, folder, stack, world_size=world_size, device=device.type))
         reader = _open_whole(cfg, folder, start)
         if reader is not None and cfg.run.intent is not Intent.warm_start and _is_over(cfg, reader):
@@ -147,9 +158,12 @@ def run_training(
             prefetch_steps=cfg.data.prefetch_steps,
             pin_memory=device.type == "cuda",
             timeout_s=READ_TIMEOUT_SHARE * cfg.train.process_group_timeout_s,
+            passed_over=PassedOver.of_windows(start.skipped),
         )
         stack.callback(batches.close)
         start_up.mark("model")
+        if preflight is not None:
+            _from_rank_0(lambda: preflight.write(folder.path / REPORT_NAME, attempt=start.attempt))
         run = Run(cfg, folder, device, data, engine, config_text, command)
         recorder, ledger = _begin_attempt(run, start, progress, reader, stack)
         roll_call.on_leave = partial(_say_stopped, recorder, progress)
@@ -168,6 +182,7 @@ def run_training(
 
         def save(progress: Progress, *, eval_loss: float | None, in_memory: bool) -> None:
             state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | run.origin
+            state["spikes"] = watch.state()
             if cfg.save.check_loss and not in_memory:
                 sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
                 assert sums is not None, "without a deadline"
@@ -175,21 +190,42 @@ def run_training(
             saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
 
         stack.push(roll_call.hold)
+        first: StartUp | None = start_up
+        watch = _watch(cfg, reader, start.skipped)
         try:
-            is_over = train(
-                cfg,
-                engine,
-                batches,
-                data.held_out,
-                progress,
-                recorder,
-                ledger,
-                save,
-                saver,
-                deadline,
-                start_up,
-                roll_call,
-            )
+            while True:
+                try:
+                    is_over = train(
+                        cfg,
+                        engine,
+                        batches,
+                        data.held_out,
+                        progress,
+                        recorder,
+                        ledger,
+                        save,
+                        saver,
+                        watch,
+                        deadline,
+                        first,
+                        roll_call,
+                        partial(_tell_spike, run, batches, start.attempt),
+                    )
+                    break
+                except RollBackError as wish:
+                    saver.finish()
+                    if memory is not None:
+                        memory.forget()
+                    reader, windows = _go_back(run, wish, attempt=start.attempt)
+                    passed_over = PassedOver.of_windows(windows)
+                    vars(progress).update(vars(_load(cfg, engine, reader, data)))
+                    progress.on_disk = progress.step
+                    batches.pass_over(passed_over)
+                    watch = _watch(cfg, reader, windows)
+                    first = None
+                    recorder.event("rolled_back", progress.step, spike_step=wish.step, reason=str(wish))
+                    if ledger is not None:
+                        ledger.roll_back(step=progress.step, position=progress.position, skipped=passed_over)
         except LLMTrainError as error:  # every rank has it
             if memory is not None and isinstance(error, DivergedError):
                 memory.leave()  # it may be from just before: people go back further
@@ -237,6 +273,9 @@ def _begin_attempt(
                 run_name=cfg.run.name,
                 run_config=run_config,
                 forecast=forecast,
+                wandb_run_id=None
+                if reader is None or cfg.run.intent is Intent.warm_start
+                else reader.state.get("wandb_id"),
             )
         )
         if cfg.run.plan is not None and plan is None:
@@ -266,12 +305,23 @@ def _begin_attempt(
                 sizes=list(sizes.sizes),
                 data_hash=start.data_hash,
                 accepted_change=start.accepted_change,
+                skipped=[[each.first, each.last] for each in start.skipped],
             ),
         )
         stack.callback(ledger.close)
         return ledger
 
     recorder = _together(open_recorder)
+    if rank != 0 and os.environ.get("LOCAL_RANK", "0") == "0":
+        node = node_sink(
+            cfg.tracking,
+            run.folder.path,
+            node=int(os.environ.get("GROUP_RANK", "0")),
+            run_name=cfg.run.name,
+            report=lambda text: log.info("W&B: %s", text),
+        )
+        if node is not None:
+            stack.callback(node.finish)
     ledger = _together(open_ledger)
     has_peak = cfg.train.device_peak_tflops is not None
     recorder.event(
@@ -290,6 +340,86 @@ def _begin_attempt(
             *(MFU_CONVENTION, cfg.train.device_peak_tflops, cfg.train.device_peak_source),
         )
     return recorder, ledger
+
+
+def _watch(cfg: TrainRoot, reader: CheckpointReader | None, skipped: list[SkippedWindow]) -> SpikeWatch:
+    """As it was when the checkpoint was saved."""
+    goes_on = reader is not None and cfg.run.intent is not Intent.warm_start
+    return SpikeWatch.from_state(
+        cfg.spikes, reader.state.get("spikes") if goes_on and reader is not None else None, skipped
+    )
+
+
+def _tell_spike(
+    run: Run, batches: Batches, attempt: int, verdict: Verdict, *, step: int, first: int, last: int, lr: float
+) -> None:
+    """Rank 0 notes which documents the step had. Whatever goes wrong is said, and the run goes on."""
+    if dist.get_rank() != 0:
+        return
+    try:
+        positions = batches.positions(first, last)
+        documents = documents_of(run.data, positions, packing=run.cfg.data.packing)
+        facts = {"lr": lr, "attempt": attempt, "documents": documents}
+        path = write_spike(run.folder.path, verdict, step=step, first=first, last=last, **facts)
+        log.info("what step %d had in it: %s", step, path)
+    except (LLMTrainError, OSError) as error:
+        log.warning("whose documents step %d had cannot be said: %s", step, error)
+
+
+def _go_back(
+    run: Run, wish: RollBackError, *, attempt: int
+) -> tuple[CheckpointReader | None, list[SkippedWindow]]:
+    """Choose the checkpoint to go back to, and have the window noted before anything is undone.
+
+    None: there is none from before the spike, and the run begins with its first weights again.
+    """
+    verdict = wish.verdict
+
+    def note() -> tuple[str | None, list[SkippedWindow]]:
+        path = run.folder.path / SKIPPED_NAME
+        window = SkippedWindow(
+            first=verdict.skip_first,
+            last=verdict.skip_last,
+            step=wish.step,
+            attempt=attempt,
+            reason=verdict.reason,
+        )
+        windows = [*read_skipped(path), window]
+        write_skipped(path, windows)
+        folder = run.folder.checkpoints
+        saved = {step: checkpoint_path(folder, step) for step in list_checkpoints(folder)}
+        before = [
+            step
+            for step, held in saved.items()
+            if step < wish.step and _ends_before(held, verdict.skip_first)
+        ]
+        chosen = before[-run.cfg.spikes.rollback_checkpoints :][:1]
+        for step, held in saved.items():  # of what is undone, or a restart would go on from there
+            if not chosen or step > chosen[0]:
+                remove(held)
+        return (str(saved[chosen[0]]) if chosen else None), windows
+
+    chosen, windows = _from_rank_0(note)
+    return _first_or(run, chosen), windows
+
+
+def _ends_before(checkpoint: Place, position: int) -> bool:
+    """Whether it was saved before the row at `position` was taken; one that cannot be read is passed over."""
+    try:
+        return bool(CheckpointReader(checkpoint).state["position"] <= position)
+    except CheckpointError as error:
+        log.warning("not going back to a damaged checkpoint: %s", error)
+        return False
+
+
+def _first_or(run: Run, chosen: str | None) -> CheckpointReader | None:
+    if chosen is not None:
+        return _open_alike(place_of(chosen))
+    if run.cfg.run.intent is not Intent.warm_start:
+        return None
+    assert run.cfg.run.init_from is not None, "checked by RunConfig"
+    first = _from_rank_0(partial(checkpoint_to_start_from, run.cfg.run, run.folder))
+    return None if first is None else _open_alike(first)
 
 
 def _say_stopped(recorder: Recorder, progress: Progress, reason: str) -> None:
@@ -317,6 +447,7 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
         data_hash=found.data_hash,
         accepted_change=found.accepted_change,
+        skipped=read_skipped(folder.path / SKIPPED_NAME),
     )
 
 

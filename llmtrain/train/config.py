@@ -8,11 +8,13 @@ from enum import Enum
 
 from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.errors import ConfigError
+from llmtrain.launch.preflight.config import PreflightConfig
 from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.loader.config import LoaderConfig
 from llmtrain.model.config import ModelConfig
 from llmtrain.parallel.config import ParallelConfig
 from llmtrain.tracking.config import TrackingConfig
+from llmtrain.train.spike_config import SpikeConfig
 
 
 class Intent(Enum):
@@ -326,7 +328,9 @@ class TrainRoot:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     check_only: bool = False
     """Find every mistake that can be found without ranks, say them all, and start nothing."""
 

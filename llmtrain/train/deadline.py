@@ -25,8 +25,6 @@ EXIT_NEVER = 78
 """EX_CONFIG: the same command would fail again."""
 EXIT_FILE = "LLMTRAIN_EXIT_FILE"
 """Names a file for the exit status that is meant: torchrun gives its own in place of its ranks'."""
-END_OF_JOB = "SLURM_JOB_END_TIME"
-"""Unix seconds (sbatch's manual, output environment variables)."""
 LEAVE_SHARE = 0.5
 """Of the time that a job has at its start, at most so much is kept for leaving."""
 SAVE_MARGIN = 1.5
@@ -38,11 +36,15 @@ class Deadline:
     """Made on the main thread. A signal is remembered however often it comes: Slurm's scancel and torchrun
     each send a SIGTERM. Only Ctrl-C a second time ends the process at once."""
 
-    def __init__(self, environment: Mapping[str, str] = os.environ, *, watch_signals: bool = True) -> None:
+    def __init__(self, *, end: float = math.inf, watch_signals: bool = True) -> None:
+        """
+        Args:
+            end: of the job that this process is part of, Unix seconds.
+        """
         self._signal: str | None = None
         self._began = psutil.Process().create_time()
-        self._end = _end_of_job(environment)
-        self._whose = "of the Slurm job"
+        self._end = end
+        self._whose = "of the job"
         self._leave_s = 0.0
         self._is_starting = False
         if watch_signals:
@@ -114,8 +116,3 @@ def leave_with(status: int, environment: Mapping[str, str] = os.environ) -> int:
     if told and environment.get("LOCAL_RANK", "0") == "0":
         Path(told).write_text(f"{status}\n", encoding="ascii")
     return 0 if status == EXIT_AGAIN and "TORCHELASTIC_RUN_ID" in environment else status
-
-
-def _end_of_job(environment: Mapping[str, str]) -> float:
-    told = environment.get(END_OF_JOB, "")
-    return float(told) if told.isdigit() and int(told) > 0 else math.inf

@@ -9,6 +9,9 @@ What DeepSpeed 0.19.8 does and this file relies on, each held by a test that run
   at ZeRO-3 every rank holds the same share of every parameter, padded at the end.
 * The fp32 master weights are made from the low-precision ones at `initialize`. They are overwritten here,
   so a bf16 run starts from, and resumes with, full-precision weights.
+* Whatever its own optimizer is, it has set `_global_grad_norm` and changed nothing when it first calls the
+  `step` of torch's, once or for each of its parts. So `_Gate` stands there.
+* Of a norm that is not finite it makes no update, but at stage 0.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -31,7 +34,8 @@ from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.mpu import Mpu
 from llmtrain.train.config import OptimizerConfig, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
-from llmtrain.train.engine import StepResult
+from llmtrain.train.engine import Judge, StepResult
+from llmtrain.train.heartbeat import Mark, no_mark
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
@@ -64,6 +68,27 @@ def join_deepspeed(device: torch.device) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
+class _Gate:
+    """Takes the place of a torch optimizer's `step`, and asks once a training step whether to update."""
+
+    def __init__(self, optimizer: AdamW | Muon) -> None:
+        self._update = optimizer.step
+        self._ask: Callable[[], bool] = lambda: True
+        self.answer: bool | None = None
+        """None: not asked yet."""
+        optimizer.step = self._step  # type: ignore[method-assign]
+
+    def arm(self, ask: Callable[[], bool]) -> None:
+        """For the next training step."""
+        self._ask, self.answer = ask, None
+
+    def _step(self, closure: None = None) -> None:
+        if self.answer is None:
+            self.answer = self._ask()
+        if self.answer:
+            self._update()
+
+
 class DeepSpeedEngine:
     """ZeRO 0-3 over the data ranks, tensor and context parallelism inside the model."""
 
@@ -79,6 +104,7 @@ class DeepSpeedEngine:
         self.num_optimizer_steps = 0
         self.optimizer_kind = optimizer.kind
         self.state_kinds = all_state_kinds(optimizer.kind)
+        self.mark: Mark = no_mark
         join_deepspeed(device)
         self.mpu = Mpu(self.groups)
         config = deepspeed_config(train, placement.parallel, dp_size=self.data.size)
@@ -86,6 +112,7 @@ class DeepSpeedEngine:
         self._parameters: dict[str, Any] = self._named_parameters()
         if isinstance(self._torch_optimizer, Muon):
             self._torch_optimizer.attach(self._held(), self.groups, placement.shapes)
+        self._gate = _Gate(self._torch_optimizer)
 
     def _initialize(
         self, config: dict[str, Any], train: TrainConfig, optimizer: OptimizerConfig
@@ -127,7 +154,7 @@ class DeepSpeedEngine:
 
     # -- the step
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer update from this rank's micro batches."""
         gas = self._engine.gradient_accumulation_steps()  # what DeepSpeed divides by, however many there are
         mine = [self.placement.cut(batch) for batch in micro_batches]
@@ -137,12 +164,35 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self._engine.train()
         skipped_before = self._engine.skipped_steps
-        loss_sum, norm = self._run_micro_batches(mine, scale=gas * self.data.size / divisor)
-        is_skipped = self.loss_scale is not None and self._engine.skipped_steps > skipped_before
-        self.num_optimizer_steps += not is_skipped
-        (loss_sum,) = self._sum(loss_sum)
+        scaler = None if self.loss_scale is None else vars(self._optimizer.loss_scaler)
+        scaler_before = dict(scaler or {})
+        found: tuple[float, float] | None = None
+
+        def look() -> tuple[float, float]:
+            nonlocal found
+            # of the norm one rank speaks: all judge by the same bits
+            loss_sum, norm = self._sum(self._own_loss_sum(), self._norm() if self.data.rank == 0 else 0.0)
+            found = loss_sum / divisor, norm
+            return found
+
+        self._gate.arm(lambda: judge is None or judge(*look()))
+        self._run_micro_batches(mine, scale=gas * self.data.size / divisor)
+        if self.zero_stage == 3 and self._gate.answer is None:
+            self._gather_small_weights()  # which DeepSpeed forgets when it has dropped a gradient
+        loss, norm = found or look()
+        is_skipped = scaler is not None and self._engine.skipped_steps > skipped_before
+        if judge is not None and self._gate.answer is None and not is_skipped:
+            judge(loss, norm)  # it is asked once, also where DeepSpeed has decided by itself
+        is_withheld = not self._gate.answer and not is_skipped
+        if is_withheld and scaler is not None:
+            scaler.update(scaler_before)  # it has counted a step
+        self.num_optimizer_steps += bool(self._gate.answer)
         return StepResult(
-            loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid), is_skipped=is_skipped
+            loss=loss,
+            grad_norm=norm,
+            num_valid=int(num_valid),
+            is_skipped=is_skipped,
+            is_withheld=is_withheld,
         )
 
     @property
@@ -154,31 +204,40 @@ class DeepSpeedEngine:
     def loss_scale(self, value: float) -> None:
         self._optimizer.loss_scaler.cur_scale = value
 
-    def _run_micro_batches(self, micro_batches: list[Batch], *, scale: float) -> tuple[float, float]:
-        """Forward, backward and update; this rank's loss sum, and the global norm of the gradient."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        norm = math.nan
+    def _run_micro_batches(self, micro_batches: list[Batch], *, scale: float) -> None:
+        """Forward, backward and update."""
+        self._step_loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for number, batch in enumerate(micro_batches, start=1):
             at_boundary = number == len(micro_batches)
             # ZeRO-1/2 silently keep only the last micro batch when the boundary is off by one, and
             # DeepSpeed's own count knows one number of micro batches.
             self._engine.set_gradient_accumulation_boundary(at_boundary)
+            self.mark("forward", micro_step=number)
             micro_loss_sum = self._loss_sum(batch)
-            loss_sum += micro_loss_sum.detach()
+            self._step_loss_sum += micro_loss_sum.detach()
+            self.mark("backward", micro_step=number)
             self._engine.backward(micro_loss_sum * scale)
             if at_boundary and self.zero_stage == 0:
-                norm = self._full_gradient_norm()  # DeepSpeed has none at stage 0
+                self._full_norm = self._full_gradient_norm()  # DeepSpeed has none at stage 0
+            if at_boundary:
+                self.mark("update")
             self._engine.step()
-        if self.zero_stage > 0:
-            norm = float(self._engine.get_global_grad_norm())
-        return float(loss_sum), norm
+
+    def _own_loss_sum(self) -> float:
+        """Over this rank's micro batches of the step."""
+        return float(self._step_loss_sum)
+
+    def _norm(self) -> float:
+        """Of the step's whole gradient, as soon as it is known."""
+        return self._full_norm if self.zero_stage == 0 else float(self._optimizer._global_grad_norm)
 
     @torch.no_grad()
     def held_out_sums(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Loss sum in nats and number of targets over all ranks. Every rank brings as many batches."""
         self._engine.eval()
         loss_sum, num_valid = 0.0, 0
-        for batch in map(self.placement.cut, batches):
+        for number, batch in enumerate(map(self.placement.cut, batches), start=1):
+            self.mark("evaluate", micro_step=number)
             loss_sum += float(self._loss_sum(batch))
             num_valid += batch.num_valid
         loss_sum, total_valid = self._sum(loss_sum, num_valid)
@@ -313,6 +372,11 @@ class DeepSpeedEngine:
             for parameter in self._parameters.values():
                 held = safe_get_local_fp32_param(parameter)
                 parameter.ds_tensor.copy_(held.view(-1))
-            if persistent := self._optimizer.persistent_parameters:  # small ones that are never split
+            if persistent := self._optimizer.persistent_parameters:
                 persistent[0].partition(persistent)
-                persistent[0].all_gather(persistent)
+            self._gather_small_weights()
+
+    def _gather_small_weights(self) -> None:
+        """Those that ZeRO-3 never leaves split."""
+        if persistent := self._optimizer.persistent_parameters:
+            persistent[0].all_gather(persistent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,11 @@ import torch
 
 from llmtrain.checkpoint.format import FlatSource, Piece
 from llmtrain.loader.batches import Batch
+from llmtrain.train.heartbeat import Mark
 from llmtrain.train.placement import Placement
+
+Judge = Callable[[float, float], bool]
+"""Takes a step's loss and gradient norm, the same on every rank, and says whether to update."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class StepResult:
     num_valid: int
     is_skipped: bool = False
     """In fp16: the gradient overflowed, so nothing was updated and the loss scale fell. The norm is inf."""
+    is_withheld: bool = False
+    """Nothing was updated, and nothing else has changed: the judge said so, or the norm is not finite and the
+    engine never updates then."""
 
 
 class Engine(Protocol):
@@ -34,6 +41,8 @@ class Engine(Protocol):
     num_optimizer_steps: int
     state_kinds: tuple[str, ...]
     """What the optimizer keeps beside the weights: kinds of pieces."""
+    mark: Mark
+    """Told what begins inside a step; at first by `no_mark`, which tells nobody."""
 
     @property
     def loss_scale(self) -> float | None:
@@ -42,9 +51,14 @@ class Engine(Protocol):
     @loss_scale.setter
     def loss_scale(self, value: float) -> None: ...
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float) -> StepResult:
+    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None) -> StepResult:
         """One optimizer update from this rank's micro batches. Every rank calls it with as many; another step
-        may have another number."""
+        may have another number.
+
+        Args:
+            judge: asked once, with the gradient's norm known and nothing changed yet. On False the gradient
+                is dropped. It is not asked where fp16 overflows. None: every step updates.
+        """
 
     def held_out_sums(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Loss sum in nats and number of targets over all ranks. Every rank brings as many batches."""

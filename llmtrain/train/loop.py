@@ -23,18 +23,31 @@ from llmtrain.model.size import flops_per_token
 from llmtrain.tracking.recorder import Recorder
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.deadline import Deadline
-from llmtrain.train.engine import Engine
+from llmtrain.train.engine import Engine, StepResult
 from llmtrain.train.ranks import agree
 from llmtrain.train.roll_call import RollCall
 from llmtrain.train.schedule import learning_rate
+from llmtrain.train.spike_config import SpikeAction
+from llmtrain.train.spikes import SpikeWatch, Verdict
 from llmtrain.train.start_up import StartUp
 
 log = logging.getLogger(__name__)
 
 MFU_CONVENTION = "causal"
 """FLOPs a token as Megatron-LM counts them: 6 per matrix weight, and half the attention square."""
+WHAT_IS_DONE = {
+    SpikeAction.ignore: "nothing is done about it",
+    SpikeAction.warn: "the run trains on it",
+    SpikeAction.skip: "its update is withheld",
+    SpikeAction.rollback: "the run goes back and passes over it",
+    SpikeAction.stop: "the run ends",
+}
 EVAL_PART_BATCHES = 32
 """Of a rank: between two of them all agree whether to leave."""
+
+
+class TellSpike(Protocol):
+    def __call__(self, verdict: Verdict, *, step: int, first: int, last: int, lr: float) -> None: ...
 
 
 class SaveFunction(Protocol):
@@ -63,6 +76,30 @@ class Agreement(IntEnum):
     failed = 2
 
 
+class RollBackError(Exception):
+    """The run goes back to an earlier checkpoint, on every rank, and passes over what it was told."""
+
+    def __init__(self, verdict: Verdict, *, step: int) -> None:
+        super().__init__(verdict.reason)
+        self.verdict = verdict
+        self.step = step
+        """That spiked."""
+
+
+class StepJudge:
+    """Asks the watch about one step, once: by the engine, or after its update."""
+
+    def __init__(self, watch: SpikeWatch, step: int, first: int, last: int) -> None:
+        self._watch = watch
+        self._about = {"step": step, "first": first, "last": last}
+        self.verdict: Verdict | None = None
+
+    def __call__(self, loss: float, grad_norm: float) -> bool:
+        """Whether the weights may take the step."""
+        self.verdict = self._watch.judge(**self._about, loss=loss, grad_norm=grad_norm)
+        return self.verdict.updates
+
+
 class RankFailedError(LLMTrainError):
     """A rank could not go on; the message is its own, with its number, on every rank."""
 
@@ -77,9 +114,11 @@ def train(
     ledger: LedgerWriter | None,
     save: SaveFunction,
     saver: Saver,
+    watch: SpikeWatch,
     deadline: Deadline,
-    start_up: StartUp,
+    start_up: StartUp | None,
     roll_call: RollCall,
+    tell_spike: TellSpike,
 ) -> bool:
     """Run from `progress` until train.total_tokens are consumed, a rank has to leave, or one has an error.
 
@@ -89,9 +128,12 @@ def train(
         recorder: Where metrics go; on ranks other than 0 it writes nothing. It keeps its errors for us.
         ledger: Where rank 0 notes each step's rows; None on the others.
         save: Begins a checkpoint of where the run stands; `saver` says what became of it.
+        start_up: None where the ranks have taken steps before, and went back.
+        tell_spike: notes whose documents a step had that is not like the ones before.
 
     Raises:
-        DivergedError: a loss or gradient norm that is not finite.
+        DivergedError: a loss or gradient norm that is not finite, or a spike, where that is to end the run.
+        RollBackError: one that is to be passed over.
         CheckpointError: a save that failed; earlier checkpoints are untouched.
         RankFailedError: a row that could not be read, or a metric that could not be written, on any rank.
     """
@@ -101,11 +143,18 @@ def train(
     first_step = progress.step + 1
     last_saved = progress.on_disk
     longest_save_s = 0.0
+    stage_starts = [-(-stage.from_tokens // seq_len) for stage in cfg.data.stages]
     if progress.owes_eval:
         evaluate(cfg, engine, held_out, progress, recorder, deadline)
-    while progress.position * seq_len < cfg.train.total_tokens:
+
+    def is_over() -> bool:
+        """Whether no row is left to take; the last ones may be passed over."""
+        return batches.span(progress.position)[0] * seq_len >= cfg.train.total_tokens
+
+    while not is_over():
         step_start = time.perf_counter()
-        rows_per_step = sizes.rows_at(progress.position)
+        first, last = batches.span(progress.position)
+        rows_per_step = sizes.rows_at(first)
         step_tokens = rows_per_step * seq_len
         longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
         failure, data = _kept_failure(recorder, ledger, saver), StepBatches([], 0)
@@ -123,17 +172,25 @@ def train(
         if agreed == Agreement.stop:
             break
         lr = learning_rate(
-            progress.position * seq_len,
+            first * seq_len,
             step_tokens=step_tokens,
             total_tokens=cfg.train.total_tokens,
             peak=cfg.optimizer.peak_lr,
             cfg=cfg.schedule,
         )
-        result = engine.train_step(data.micro_batches, lr=lr)
+        if any(progress.position <= start <= last for start in stage_starts):
+            watch.begin_again()
+        judge = StepJudge(watch, progress.step + 1, first, last)
+        result = engine.train_step(data.micro_batches, lr=lr, judge=judge if watch.cfg.withholds else None)
+        if judge.verdict is None and not result.is_skipped:
+            judge(result.loss, result.grad_norm)
         if ledger is not None:  # a step that diverged, too: it is the one that people look at
-            first = progress.position
             ledger.step(
-                progress.step + 1, first=first, last=first + rows_per_step - 1, tokens_hash=tokens_hash
+                progress.step + 1,
+                first=first,
+                last=last,
+                tokens_hash=tokens_hash,
+                withheld=result.is_withheld,
             )
         if result.is_skipped:
             recorder.event("overflow", progress.step + 1, loss_scale=engine.loss_scale)
@@ -141,15 +198,11 @@ def train(
                 "step %d: the gradient overflowed in fp16, so nothing was updated; the loss scale is %g now",
                 *(progress.step + 1, engine.loss_scale),
             )
-        elif not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            recorder.event("diverged", progress.step + 1, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
-            raise DivergedError(
-                f"loss={result.loss} and gradient norm={result.grad_norm} at step {progress.step + 1}, "
-                f"lr={lr:.3g}, row positions {progress.position} to {progress.position + rows_per_step - 1}; "
-                f"start again with a lower optimizer.peak_lr, or resume with one from the newest checkpoint"
-            )
+        elif judge.verdict is not None and judge.verdict.reason:
+            tell_spike(judge.verdict, step=progress.step + 1, first=first, last=last, lr=lr)
+            _obey(judge.verdict, recorder, result, step=progress.step + 1, first=first, last=last, lr=lr)
         progress.step += 1
-        progress.position += rows_per_step
+        progress.position = last + 1
         step_s = time.perf_counter() - step_start
         mfu = step_tokens / step_s * token_flops / device_flops
         recorder.step(
@@ -163,17 +216,18 @@ def train(
             tokens_per_s=step_tokens / step_s,
             step_s=step_s,
             data_wait_s=data_wait_s,
+            withheld=True if result.is_withheld else None,
             mem_gib=peak_memory_gib(engine.device),
             mfu=None if math.isnan(mfu) else mfu,
         )
-        if progress.step == first_step:
+        if progress.step == first_step and start_up is not None:
             start_up.mark("first step")
             saver.reserve(engine.pieces())  # an optimizer may have no state before
             roll_call.end()
             deadline.leave_at_once(during_start=False)
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
-        done = progress.position * seq_len >= cfg.train.total_tokens
+        done = is_over()
         eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):
             eval_loss = evaluate(cfg, engine, held_out, progress, recorder, deadline)
@@ -184,7 +238,6 @@ def train(
             last_saved = progress.step
         elif saver.has_memory and _due(progress.step, cfg.save.memory_every_steps):
             _save(save, engine, progress, recorder, ledger, saver, eval_loss, in_memory=True)
-    is_over = progress.position * seq_len >= cfg.train.total_tokens
     if last_saved < progress.step:
         saver.finish()
         longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
@@ -193,7 +246,7 @@ def train(
             last_saved = progress.step
     saver.finish()
     _record_saved(saver, recorder)
-    if is_over:
+    if is_over():
         recorder.event("finished", progress.step)
     else:
         reason = _reason_of_all(deadline)
@@ -206,7 +259,45 @@ def train(
         )
     if failure := _kept_failure(recorder, ledger, saver):
         raise failure
-    return is_over
+    return is_over()
+
+
+def _obey(
+    verdict: Verdict, recorder: Recorder, result: StepResult, *, step: int, first: int, last: int, lr: float
+) -> None:
+    """Say what is not like the steps before; raise where the run does not simply go on."""
+    is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    if not is_finite and verdict.action is SpikeAction.stop:
+        recorder.event("diverged", step, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
+        raise DivergedError(
+            f"loss={result.loss} and gradient norm={result.grad_norm} at step {step}, lr={lr:.3g}, row "
+            f"positions {first} to {last}; start again with a lower optimizer.peak_lr, resume with one from "
+            "the newest checkpoint, or pass over such steps: spikes.on_non_finite=skip or rollback"
+        )
+    recorder.event(
+        "spike",
+        step,
+        action=verdict.action.name,
+        reason=verdict.reason,
+        first=first,
+        last=last,
+        quantity=verdict.quantity,
+        value=verdict.value,
+        median=verdict.median,
+        z=verdict.z,
+    )
+    log.log(
+        logging.WARNING if dist.get_rank() == 0 else logging.DEBUG,
+        "step %d, rows %d to %d: %s; %s",
+        *(step, first, last, verdict.reason, WHAT_IS_DONE[verdict.action]),
+    )
+    if verdict.action is SpikeAction.rollback:
+        raise RollBackError(verdict, step=step)
+    if verdict.action is SpikeAction.stop:
+        raise DivergedError(
+            f"step {step}, rows {first} to {last}: {verdict.reason}; the run ends (spikes.on_spike, "
+            "spikes.on_non_finite and spikes.budget say when)"
+        )
 
 
 def _all_have_time(engine: Engine, deadline: Deadline, save_s: float) -> bool:

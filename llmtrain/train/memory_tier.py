@@ -124,6 +124,10 @@ class MemoryTier:
         self._clear(but=None)
         return None
 
+    def forget(self) -> None:
+        """The run goes back further than any snapshot; every rank calls this."""
+        self._clear(but=None)
+
     def leave(self) -> None:
         """At the end of a run: nothing of it stays in memory."""
         if self._is_leader:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,9 +32,18 @@ from llmtrain.parallel.config import PipelineSchedule
 from llmtrain.parallel.topology import Topology
 from llmtrain.train.config import OptimizerConfig, TrainConfig
 from llmtrain.train.deepspeed_engine import DeepSpeedEngine
+from llmtrain.train.heartbeat import Phase
 from llmtrain.train.optimizer import build_optimizer
 from llmtrain.train.placement import Placement, compile_blocks
 from llmtrain.train.ranks import sum_once
+
+PHASES: dict[str, Phase] = {
+    "LoadMicroBatch": "data",
+    "ForwardPass": "forward",
+    "BackwardPass": "backward",
+    "OptimizerStep": "update",
+}
+"""Instructions of DeepSpeed's schedules. All others move something between ranks: exchange."""
 
 Inputs = tuple[Tensor, ...]
 """x_BSD (tokens for the first stage), positions, segments, targets; keys where something is dropped."""
@@ -125,27 +134,48 @@ class PipelineEngine(DeepSpeedEngine):
         stages = [_Stage(model, span) for span in self.placement.spans]
         self._last = stages[-1]
         self._shape: torch.Size | None = None
+        self._num_forwards = 0
         engine, wrapped, *_ = deepspeed.initialize(
             model=pipeline_module(stages, self.placement),
             optimizer=build_optimizer(model, optimizer),
             config=config,
         )
+        self._mark_instructions(engine)
         if train.compile_blocks:
             compile_blocks(model)
         return engine, wrapped
 
+    def _mark_instructions(self, engine: Any) -> None:
+        """Have this engine of DeepSpeed's say which instruction of its schedule it is at. A rank's micro-step
+        is the number of forward passes that it has begun."""
+
+        def marked(instruction: str, work: Callable[..., None]) -> Callable[..., None]:
+            def call(engine: Any, *arguments: Any, **options: Any) -> None:
+                self._num_forwards += instruction == "ForwardPass"
+                phase = PHASES.get(instruction, "exchange") if engine.module.training else "evaluate"
+                self.mark(phase, micro_step=self._num_forwards)
+                work(engine, *arguments, **options)
+
+            return call
+
+        engine._INSTRUCTION_MAP = {
+            kind: marked(kind.__name__, work) for kind, work in engine._INSTRUCTION_MAP.items()
+        }
+
     def _named_parameters(self) -> dict[str, Any]:
         return dict(self._model.named_parameters())
 
-    def _run_micro_batches(self, micro_batches: list[Batch], *, scale: float) -> tuple[float, float]:
-        self._engine.micro_batches = len(micro_batches)
+    def _run_micro_batches(self, micro_batches: list[Batch], *, scale: float) -> None:
+        self._engine.micro_batches, self._num_forwards = len(micro_batches), 0
         self._last.scale, self._last.loss_sum = scale, None
         self._engine.train_batch(self._inputs(micro_batches))
-        return float(self._last.loss_sum or 0.0), float(self._engine.get_global_grad_norm())
+
+    def _own_loss_sum(self) -> float:
+        return float(self._last.loss_sum or 0.0)
 
     @torch.no_grad()
     def held_out_sums(self, batches: Iterator[Batch]) -> tuple[float, int]:
-        self._last.scale, self._last.loss_sum = 1.0, None
+        self._last.scale, self._last.loss_sum, self._num_forwards = 1.0, None, 0
         num_valid = 0
         at_once = 2 * self.groups.pp.size  # dual_pipe_v takes no fewer
         cut = map(self.placement.cut, batches)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmtrain.cli import inspect_ledger
+from llmtrain.data.trace import OutputFormat
 from llmtrain.errors import DataError
 from llmtrain.loader.ledger import (
     LEDGER_NAME,
     Attempt,
     Ledger,
     LedgerWriter,
+    Step,
     contradictions,
     hash_rows,
     read_ledger,
 )
+from llmtrain.loader.skipped import PassedOver
 
 TOKENS = np.random.default_rng(0).integers(0, 50_000, (400, 16))
 
@@ -174,3 +180,184 @@ def test_a_step_whose_attempt_is_missing_is_named(path: Path) -> None:
     path.write_text("".join(line for line in lines if '"kind": "attempt", "attempt": 2' not in line))
     with pytest.raises(DataError, match="line 7: a step of attempt 2, whose own line is not there"):
         read_ledger(path)
+
+
+# -- rows that were passed over, and updates that were withheld
+
+
+def go_on(writer: LedgerWriter, start: Attempt, count: int, *, withheld: Collection[int] = ()) -> int:
+    """Do steps from where `start` says; return the position after them."""
+    position, step = start.position, start.step
+    for _ in range(count):
+        spans = start.passed_over.step_spans(position, start.batch_sizes)
+        rows = np.concatenate([np.arange(first, last + 1) for first, last in spans])
+        step += 1
+        writer.step(
+            step,
+            first=int(rows[0]),
+            last=int(rows[-1]),
+            tokens_hash=hash_rows(rows, TOKENS[rows]),
+            withheld=step in withheld,
+        )
+        position = int(rows[-1]) + 1
+    return position
+
+
+@pytest.fixture
+def rolled_back(tmp_path: Path) -> Path:
+    """Step 5, rows 20 to 27, spikes; the run goes back to step 3 and passes over them, does four steps, of
+    which it withholds the sixth, and resumes on other ranks with a smaller batch that a window cuts."""
+    path = tmp_path / LEDGER_NAME
+    start = attempt(1)
+    writer = LedgerWriter(path, start)
+    go_on(writer, start, 5)
+    window = PassedOver.of([(20, 27)])
+    writer.roll_back(step=3, position=12, skipped=window)
+    again = replace(start, part=1, step=3, position=12, skipped=[[20, 27]])
+    position = go_on(writer, again, 4, withheld={6})
+    writer.close()
+    assert position == 52
+    more = attempt(2, step=7, position=52, world_size=3, sizes=[6, 6], skipped=[[20, 27], [55, 60], [64, 64]])
+    writer = LedgerWriter(path, more)
+    go_on(writer, more, 3)
+    writer.close()
+    return path
+
+
+def test_a_rollback_with_a_window_is_one_chain(rolled_back: Path) -> None:
+    ledger = read_ledger(rolled_back)
+    assert list(contradictions(ledger)) == []
+    chain = ledger.surviving()
+    assert [(step.step, step.first, step.last) for step in chain] == [
+        (1, 0, 3),
+        (2, 4, 7),
+        (3, 8, 11),
+        (4, 12, 19),
+        (5, 28, 35),
+        (6, 36, 43),
+        (7, 44, 51),
+        (8, 52, 63),
+        (9, 65, 70),
+        (10, 71, 76),
+    ]
+    assert [step.step for step in chain if step.withheld] == [6]
+    assert ledger.skipped_rows() == 8 + 6 + 1
+    taken = [row for step in chain for row in ledger.positions_of(step).tolist()]
+    passed = [*range(20, 28), *range(55, 61), 64]
+    assert taken == [row for row in range(77) if row not in passed]
+    assert ledger.positions_of(ledger.steps[4]).tolist() == passed[:8], "the step that spiked"
+    assert [each.name for each in ledger.attempts] == [
+        "attempt 1",
+        "attempt 1, after rollback 1",
+        "attempt 2",
+    ]
+
+
+def test_a_step_is_found_by_its_number_its_rows_or_its_attempt(rolled_back: Path) -> None:
+    ledger = read_ledger(rolled_back)
+
+    def first(step: int | None = None, **asked: int) -> tuple[int, int, int]:
+        found, start = ledger.last_of(step, **asked)
+        assert (start.attempt, start.part) == (found.attempt, found.part)
+        return found.step, found.first, found.part
+
+    assert first(5) == (5, 28, 1), "as it stands now"
+    assert first(5, position=20) == first(position=27) == (5, 20, 0), "as it spiked"
+    assert first(position=12) == (4, 12, 1), "done again on the same rows"
+    assert first(8, attempt=2) == first(position=61) == (8, 52, 0)
+    with pytest.raises(DataError, match="position 57 is not in the ledger; steps there: 1 to 10"):
+        ledger.last_of(position=57)
+    with pytest.raises(DataError, match="step 8, attempt 1 is not in the ledger"):
+        ledger.last_of(8, attempt=1)
+
+
+@pytest.mark.parametrize("cut", range(1, 700, 13))
+def test_a_ledger_with_a_rollback_can_be_cut_anywhere(rolled_back: Path, cut: int) -> None:
+    content = rolled_back.read_bytes()
+    rolled_back.write_bytes(content[:-cut])
+    assert list(contradictions(read_ledger(rolled_back))) == []
+
+
+def test_rows_that_are_missing_without_a_window_or_taken_in_spite_of_one_are_named(rolled_back: Path) -> None:
+    ledger = read_ledger(rolled_back)
+
+    def told(attempts: list[Attempt], steps: list[Step] | None = None) -> str:
+        return "; ".join(contradictions(Ledger(attempts, steps or ledger.steps)))
+
+    first, again, second = ledger.attempts
+    assert (
+        "step 5 of attempt 1, after rollback 1 took rows 28 to 35; next was step 5 with rows 20 to 27"
+        in told([first, replace(again, skipped=[]), second])
+    )
+    assert "attempt 2 takes rows 20 to 27 again, which the run had passed over" in told(
+        [first, again, replace(second, skipped=[[55, 60], [64, 64]])]
+    )
+    assert "step 8 of attempt 2 took rows 52 to 63; next was step 8 with rows 52 to 57" in told(
+        [first, again, replace(second, skipped=[[20, 27], [64, 64]])]
+    )
+    steps = [replace(each, hash="00") if each.step == 4 and each.part == 1 else each for each in ledger.steps]
+    assert "step 4 was done by attempts 1 and 1 on rows 12 to 19, with other tokens" in told(
+        ledger.attempts, steps
+    )
+    assert "attempt 2 starts at row 54, but step 7 ended with row 51" in told(
+        [first, again, replace(second, position=54)]
+    )
+
+
+def test_an_attempt_may_begin_behind_a_window_that_comes_next(tmp_path: Path) -> None:
+    """A checkpoint is saved where the next step begins."""
+    path = tmp_path / LEDGER_NAME
+    start = attempt(1, skipped=[[4, 7]])
+    writer = LedgerWriter(path, start)
+    assert go_on(writer, start, 1) == 4
+    writer.close()
+    later = attempt(2, step=1, position=8, skipped=[[4, 7]])
+    writer = LedgerWriter(path, later)
+    assert go_on(writer, later, 1) == 12
+    writer.close()
+    ledger = read_ledger(path)
+    assert list(contradictions(ledger)) == []
+    assert ledger.skipped_rows() == 4
+
+
+def test_a_ledger_from_before_there_were_rollbacks_is_read(path: Path) -> None:
+    old = {"part", "skipped", "withheld"}
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k not in old}) + "\n" for line in lines)
+    )
+    ledger = read_ledger(path)
+    assert list(contradictions(ledger)) == []
+    assert ledger.skipped_rows() == 0
+
+
+# -- llmtrain inspect ledger
+
+
+def test_rows_that_were_passed_over_and_withheld_steps_are_counted_apart(
+    rolled_back: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect_ledger.show(inspect_ledger.InspectLedgerConfig(run=str(rolled_back.parent)))
+    text = capsys.readouterr().out
+    assert (
+        "steps 1 to 10 took rows 0 to 76, each once, but 15 that were passed over; 2 steps were undone by "
+        "restarts and rollbacks" in text
+    )
+    assert "passed over on purpose (skipped_rows.json says why): rows 20 to 27, 55 to 60, 64 to 64" in text
+    assert "1 steps read their rows and updated nothing: 6" in text
+    assert " 1.1 " in text
+    cfg = inspect_ledger.InspectLedgerConfig(run=str(rolled_back.parent), format=OutputFormat.json)
+    inspect_ledger.show(cfg)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["num_steps"], told["num_rows"], told["num_skipped_rows"]) == (10, 62, 15)
+    assert (told["withheld_steps"], told["problems"]) == ([6], [])
+
+
+def test_a_run_that_passed_nothing_over_says_nothing_of_it(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect_ledger.show(inspect_ledger.InspectLedgerConfig(run=str(path.parent)))
+    text = capsys.readouterr().out
+    assert "steps 1 to 8 took rows 0 to 51, each once; 3 steps were undone" in text
+    assert "passed over" not in text
+    assert "updated nothing" not in text

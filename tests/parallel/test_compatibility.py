@@ -115,13 +115,6 @@ BROKEN = {  # rule -> layouts that break it and no other, each with its message
             "each over all ranks; set parallel.zero_stage=2 or optimizer.kind=adamw",
         )
     ],
-    "fp16_at_zero_3": [
-        (
-            {"precision": "fp16", "zero_stage": 3, "device": "cuda"},
-            "train.precision=fp16 with parallel.zero_stage=3: DeepSpeed does not go on after an overflow "
-            "there; set train.precision=bf16 or parallel.zero_stage=2",
-        )
-    ],
     "selective_at_zero_3": [
         (
             {"recompute": "selective", "zero_stage": 3},

@@ -413,14 +413,12 @@ def test_a_model_worse_than_gzip_is_said_to_be(folder):
     assert "Predicts held-out text not yet better than gzip and xz." in page_of(folder).text
 
 
-def test_dropped_wandb_records_are_said(folder):
+def test_what_wandb_could_not_do_is_said(folder):
     with MetricsFile(folder / "metrics.jsonl", attempt=2) as metrics:
-        metrics.write(
-            "event", 200, what="wandb", text="7 records were dropped; metrics.jsonl has all of them"
-        )
+        metrics.write("event", 200, what="wandb", text="online does not work (HTTP 500); not sent")
         metrics.write("event", 200, what="wandb", text="offline, run x of project p")
     text = page_of(folder).text
-    assert "W&B: 7 records were dropped; metrics.jsonl has all of them." in text
+    assert "W&B: online does not work (HTTP 500); not sent." in text
     assert "of project p" not in text
 
 

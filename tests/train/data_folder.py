@@ -109,6 +109,7 @@ def train_arguments(data: Path, run: Path, *overrides: str) -> list[str]:
         "optimizer.peak_lr": 0.01,
         "schedule.warmup_tokens": 512,
         "tracking.wandb": "off",
+        "preflight.enabled": "false",  # has tests of its own, and takes a second of every start
     }
     return ["train", *(f"{key}={value}" for key, value in settings.items()), *overrides]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -10,8 +11,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from llmtrain.launch.environment import job_end
 from llmtrain.train.deadline import (
-    END_OF_JOB,
     EXIT_AGAIN,
     EXIT_FILE,
     EXIT_NEVER,
@@ -29,13 +30,13 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def in_seconds(seconds: float) -> dict[str, str]:
-    return {END_OF_JOB: str(round(time.time() + seconds))}
+def in_seconds(seconds: float) -> float:
+    return job_end({"SLURM_JOB_END_TIME": str(round(time.time() + seconds))})
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_a_reason_however_often_it_comes(number: signal.Signals) -> None:
-    deadline = Deadline({})
+    deadline = Deadline()
     assert deadline.reason() is None
     os.kill(os.getpid(), number)
     if number != signal.SIGINT:
@@ -45,7 +46,7 @@ def test_a_signal_is_a_reason_however_often_it_comes(number: signal.Signals) -> 
 
 
 def test_the_first_signal_is_the_reason() -> None:
-    deadline = Deadline({})
+    deadline = Deadline()
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getpid(), signal.SIGTERM)
     assert deadline.reason() == "SIGUSR1"
@@ -53,7 +54,7 @@ def test_the_first_signal_is_the_reason() -> None:
 
 def test_a_signal_ends_a_lone_process_that_is_starting(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(EXIT_FILE, str(tmp_path / "status"))
-    deadline = Deadline({})
+    deadline = Deadline()
     deadline.leave_at_once(during_start=True)
     with pytest.raises(SystemExit) as left:
         signal.raise_signal(signal.SIGTERM)
@@ -62,33 +63,33 @@ def test_a_signal_ends_a_lone_process_that_is_starting(tmp_path, monkeypatch) ->
 
 
 def test_a_signal_from_before_the_settings_were_known_counts_too() -> None:
-    deadline = Deadline({})
+    deadline = Deadline()
     os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(SystemExit):
         deadline.leave_at_once(during_start=True)
 
 
 def test_slurms_limit_is_a_reason_in_time() -> None:
-    deadline = Deadline(in_seconds(1000), watch_signals=False)
+    deadline = Deadline(end=in_seconds(1000), watch_signals=False)
     deadline.set_limits(time_limit_s=None, leave_before_s=300)
     assert deadline.reason() is None
     assert 998 < deadline.remaining_s() < 1001
     assert "5:00 before" in str(deadline.describe())
-    late = Deadline(in_seconds(200), watch_signals=False)
+    late = Deadline(end=in_seconds(200), watch_signals=False)
     late._began = time.time() - 1000
     late.set_limits(time_limit_s=None, leave_before_s=300)
-    assert late.reason() == "the time limit of the Slurm job"
+    assert late.reason() == "the time limit of the job"
 
 
 def test_a_short_job_is_not_all_leaving() -> None:
-    deadline = Deadline(in_seconds(100), watch_signals=False)
+    deadline = Deadline(end=in_seconds(100), watch_signals=False)
     deadline._began = time.time()
     deadline.set_limits(time_limit_s=None, leave_before_s=300)
     assert deadline.reason() is None, "half of the time is left to work in"
 
 
 def test_the_users_limit_counts_from_the_start_of_the_process() -> None:
-    deadline = Deadline(in_seconds(10**6), watch_signals=False)
+    deadline = Deadline(end=in_seconds(10**6), watch_signals=False)
     age = time.time() - psutil.Process().create_time()
     deadline.set_limits(time_limit_s=age + 100, leave_before_s=10)
     assert 99 < deadline.remaining_s() < 101
@@ -99,16 +100,15 @@ def test_the_users_limit_counts_from_the_start_of_the_process() -> None:
 
 
 def test_a_save_is_begun_only_if_it_can_end() -> None:
-    deadline = Deadline(in_seconds(100), watch_signals=False)
+    deadline = Deadline(end=in_seconds(100), watch_signals=False)
     assert deadline.has_time_for(60)
     assert not deadline.has_time_for(80)
-    assert Deadline({}, watch_signals=False).has_time_for(1e9), "a signal without a limit"
+    assert Deadline(watch_signals=False).has_time_for(1e9), "a signal without a limit"
 
 
 def test_without_a_limit_there_is_nothing_to_say() -> None:
-    assert Deadline({}, watch_signals=False).describe() is None
-    assert Deadline({END_OF_JOB: "0"}, watch_signals=False).describe() is None
-    assert Deadline({END_OF_JOB: "soon"}, watch_signals=False).describe() is None
+    assert Deadline(watch_signals=False).describe() is None
+    assert [job_end({"SLURM_JOB_END_TIME": told}) for told in ("0", "soon", "")] == [math.inf] * 3
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from llmtrain.data.sources.config import CorpusConfig, Format
 from llmtrain.data.trace import OutputFormat
 from llmtrain.errors import CheckpointError, ConfigError, DataError
 from llmtrain.loader.ledger import LEDGER_NAME
+from llmtrain.loader.skipped import PassedOver
 from llmtrain.tracking.metrics import read_metrics
 
 if TYPE_CHECKING:
@@ -219,6 +220,78 @@ def test_other_weights_are_said_to_be_other(
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(CheckpointError, match=r"no finished checkpoint in .* checkpoint=FOLDER"):
         replay.replay(replay.ReplayRoot(run=str(copy), step=1, device="cpu"))
+
+
+def rolled_back(run: Path, into: Path, *, first: int, last: int) -> Path:
+    """A copy of the run's folder whose ledger says that it went back behind step 4 after step 6, and did
+    steps 5 and 6 again without those rows."""
+    shutil.copytree(run, into)
+    path = into / LEDGER_NAME
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [line for line in lines if line["kind"] == "attempt" or line["step"] <= 6]
+    start = next(line for line in kept if line["kind"] == "attempt" and line["attempt"] == 2)
+    kept.append(start | {"part": 1, "step": 4, "position": 32, "skipped": [[first, last]]})
+    passed_over, position = PassedOver.of([(first, last)]), 32
+    for step in (5, 6):
+        spans = passed_over.spans(position, 8)
+        position = spans[-1][1] + 1
+        entry = {"attempt": 2, "part": 1, "step": step, "first": spans[0][0], "last": spans[-1][1]}
+        kept.append({"kind": "step", "hash": "0" * 16, **entry})
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return into
+
+
+def replayed(run: Path, **settings: Any) -> replay.Replayed:
+    return replay.replay(replay.ReplayRoot(run=str(run), device="cpu", **settings))
+
+
+def test_a_step_that_was_rolled_back_can_be_picked_by_a_row_or_an_attempt(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = rolled_back(run, tmp_path / "run", first=40, last=47)
+    newest = replayed(other, step=6)
+    assert [row.place.position for row in newest.rows] == list(range(48, 56))
+    assert newest.recorded_loss is None, "no record says that a step 6 ended there"
+    spiked = replayed(other, step=6, position=44)
+    assert [row.place.position for row in spiked.rows] == list(range(40, 48))
+    assert spiked.recorded_loss == recorded(run)[6]
+    assert spiked.loss == pytest.approx(spiked.recorded_loss, abs=1e-5)
+    assert spiked.hash == spiked.ledger_hash
+    assert not caplog.records
+    first = replayed(other, step=4, attempt=1)
+    assert [row.place.position for row in first.rows] == list(range(24, 32))
+    with pytest.raises(DataError, match="step 6, position 60 is not in the ledger"):
+        replayed(other, step=6, position=60)
+
+
+def test_rows_that_a_step_passed_over_are_not_replayed(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = rolled_back(run, tmp_path / "run", first=36, last=37)
+    found = replayed(other, step=5)
+    assert [row.place.position for row in found.rows] == [32, 33, 34, 35, 38, 39, 40, 41]
+    assert [row.place.micro_batch for row in found.rows] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert not caplog.records
+    found = replayed(other, step=6)
+    assert [row.place.position for row in found.rows] == list(range(42, 50))
+    assert "the weights of step 5 have seen other rows than those of attempt 2 had" in caplog.text
+
+
+def test_the_loss_of_a_step_without_a_record_is_its_events(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    path = copy / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if (line["kind"], line["step"]) != ("step", 6)]
+    spike = {"kind": "event", "what": "spike", "step": 6, "attempt": 2, "time": 0.0, "first": 40, "last": 47}
+    spike |= {"quantity": "loss", "value": 7.5}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, spike]))
+    assert replayed(copy, step=6).recorded_loss == 7.5
+    diverged = {"kind": "event", "what": "diverged", "step": 6, "attempt": 2, "time": 0.0, "loss": 8.5}
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, diverged]))
+    assert replayed(copy, step=6).recorded_loss == 8.5
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert replayed(copy, step=6).recorded_loss is None
 
 
 # inspect ledger

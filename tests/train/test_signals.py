@@ -124,7 +124,7 @@ def test_a_time_limit_saves_and_leaves(launcher: Launcher, data: Path, tmp_path:
     assert status == EXIT_AGAIN, text
     assert time.time() < int(ends)
     last: dict[str, Any] = read_metrics(run / "metrics.jsonl")[-1]
-    assert (last["what"], last["signal"]) == ("stopped", "the time limit of the Slurm job")
+    assert (last["what"], last["signal"]) == ("stopped", "the time limit of the job")
     assert last["saved_step"] == last["step"] > 0
 
 

@@ -143,9 +143,6 @@ MASKS: Mapping[str, Mask] = {
         w.precision == "fp16" and w.device not in (None, "cuda"), np.ones(len(g), dtype=bool)
     ),
     "muon_at_zero_3": lambda g, w: _when(w.optimizer == "muon", g.zero_stage == 3),
-    "fp16_at_zero_3": lambda g, w: _when(
-        w.precision == "fp16" and w.engine is EngineKind.deepspeed, g.zero_stage == 3
-    ),
     "selective_at_zero_3": lambda g, w: _when(
         w.engine is EngineKind.deepspeed, (g.recompute == SELECTIVE) & (g.zero_stage == 3)
     ),
