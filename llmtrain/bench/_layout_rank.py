@@ -95,6 +95,8 @@ WARM_UP_STEPS = 2
 """At ZeRO-3 DeepSpeed watches the first steps, and fetches weights by what it has seen from then on."""
 ONE_NUMBER = 8
 """Bytes of a collective of one number, which the formulas leave out."""
+LOSS_AND_NORM_BYTES = 16
+"""Of what all ranks sum at the end of a step, which they leave out, too."""
 PARALLEL_KEYS = ("zero_stage", "pp_size", "cp_size", "tp_size", "sequence_parallel", "deepspeed")
 
 
@@ -136,7 +138,8 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
     def heard(group: dist.ProcessGroup, kind: str, num_bytes: int) -> None:
         nonlocal numbers
-        if num_bytes <= ONE_NUMBER:
+        of_all = group is dist.group.WORLD and num_bytes <= LOSS_AND_NORM_BYTES
+        if num_bytes <= ONE_NUMBER or of_all:
             numbers += 1
         else:
             counted.setdefault(axis_of(group, kind, groups), Counter())[kind] += num_bytes

@@ -29,6 +29,7 @@ STYLES = {
     State.stopped: "yellow",
     State.diverged: "bold red",
     State.failed: "bold red",
+    State.hang: "bold red",
     State.unreadable: "bold red",
 }
 

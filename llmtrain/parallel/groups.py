@@ -42,7 +42,8 @@ def build_groups(topology: Topology) -> Groups:
         for ranks in topology.groups(*axes):
             if len(ranks) == 1:
                 continue
-            group = dist.new_group(ranks)  # of all ranks, also of those outside it
+            # of all ranks, also of those outside it
+            group = dist.new_group(ranks, group_desc=" x ".join(axes))
             if dist.get_rank() in ranks:
                 mine = Axis(ranks.index(dist.get_rank()), len(ranks), tuple(ranks), group)
         return mine

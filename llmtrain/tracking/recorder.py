@@ -35,6 +35,8 @@ class Recorder(Protocol):
 
     def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None: ...
 
+    def ranks(self, step: int, **fields: object) -> None: ...
+
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
 
@@ -48,6 +50,8 @@ class SilentRecorder:
     def evaluation(self, step: int, **fields: object) -> None: ...
 
     def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None: ...
+
+    def ranks(self, step: int, **fields: object) -> None: ...
 
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
@@ -158,6 +162,9 @@ class RunRecorder:
         self._console.event(
             f"step {step}: checkpoint saved in {save_s:.2f} s, for {stall_s:.2f} s of which training waited"
         )
+
+    def ranks(self, step: int, **fields: object) -> None:
+        self._write("ranks", step, fields)
 
     def event(self, what: str, step: int, **fields: object) -> None:
         self._write("event", step, {"what": what, **fields})

@@ -124,6 +124,8 @@ def status_of(run: RunData) -> Finding:
         return Finding("warn", f"stopped by {last.ending.get('signal', 'a signal')} after step {step:,}")
     if what == "diverged":
         return Finding("bad", f"diverged at step {step:,}")
+    if what == "hang":
+        return Finding("bad", f"hung at step {step:,}: {last.ending.get('error', 'no reason recorded')}")
     return Finding("bad", f"failed at step {step:,}: {last.ending.get('error', 'no reason recorded')}")
 
 

@@ -23,7 +23,7 @@ from llmtrain.tracking.metrics import SETTLING_STEPS, Record, attempt_begins, re
 
 log = logging.getLogger(__name__)
 
-ENDINGS = ("finished", "stopped", "diverged", "failed")
+ENDINGS = ("finished", "stopped", "diverged", "failed", "hang")
 """Events that end an attempt. An attempt with none of them was killed, or still runs."""
 
 

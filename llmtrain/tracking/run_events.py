@@ -20,6 +20,8 @@ TITLES = {
     "snapshot": "snapshot in memory",
     "wandb": "W&B",
     "overflow": "fp16 overflow, step skipped",
+    "hang": "a rank hung or was lost",
+    "straggler": "a slow rank",
     "rolled_back": "went back",
 }
 LEVELS = {
@@ -32,6 +34,7 @@ LEVELS = {
     "wandb": "info",
     "failed": "bad",
     "diverged": "bad",
+    "hang": "bad",
 }
 """Events of any other kind are something that went wrong, and the run went on: warn."""
 ROUTINE = {"start", "first_step", "replayed", "snapshot", "wandb"}
@@ -66,6 +69,8 @@ def told(record: Mapping[str, Any]) -> Told:
         ratio = record.get("step_s_over_plan")
         shown = f"a step takes {ratio:.2f} of the plan's" if isinstance(ratio, int | float) else ""
         return Told(level="info", title="held against the plan", details=shown)
+    if record["kind"] == "ranks":
+        return Told(level="info", title="ranks compared", details=fields_of(record))
     what = str(record.get("what", "an event without a name"))
     details = {
         "resume": lambda: f"from {record['source']}" if "source" in record else "",
@@ -77,6 +82,7 @@ def told(record: Mapping[str, Any]) -> Told:
         "spike": lambda: f"{record.get('action')}: {record.get('reason')}",
         "rolled_back": lambda: f"after step {record['step']}: {record.get('reason', '')}",
         "failed": lambda: str(record.get("error", "no reason recorded")),
+        "hang": lambda: str(record.get("error", "no reason recorded")),
     }.get(what, lambda: fields_of(record))()
     return Told(
         level=LEVELS.get(what, "warn"),

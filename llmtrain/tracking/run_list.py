@@ -62,6 +62,8 @@ class State(Enum):
     """By a signal, after a checkpoint."""
     diverged = "diverged"
     failed = "failed"
+    hang = "hung"
+    """A rank hung or was lost, and was named."""
     unreadable = "unreadable"
 
 

@@ -46,10 +46,12 @@ from llmtrain.tracking.run_data import find_plan
 from llmtrain.tracking.wandb import node_sink, wandb_id
 from llmtrain.train.certificate import differences
 from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train, compare_to_checkpoint
+from llmtrain.train.collectives import keep_flight_record
 from llmtrain.train.config import Intent, Precision, TrainRoot
 from llmtrain.train.deadline import Deadline
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
+from llmtrain.train.heartbeat import Heartbeat
 from llmtrain.train.loop import MFU_CONVENTION, Progress, RollBackError, held_out_sums, train
 from llmtrain.train.memory_tier import MemoryTier, folder_in
 from llmtrain.train.optimizer import state_kinds
@@ -62,6 +64,8 @@ from llmtrain.train.run_folder import RunFolder, checkpoint_to_start_from, run_f
 from llmtrain.train.spikes import SpikeWatch, Verdict, write_spike
 from llmtrain.train.start_up import StartUp
 from llmtrain.train.state import CountedSource, host_memory
+from llmtrain.train.stragglers import StragglerReport
+from llmtrain.train.watchdog import HangLimits, Watchdog, prepare
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +87,8 @@ class Start:
     attempt: int
     checkpoint: str | None
     data_hash: str
+    token: str
+    """Of this launch: what ranks of earlier ones left behind is not theirs."""
     accepted_change: bool
     """Whether the checkpoint was trained on other data, and the user said that is meant."""
     skipped: list[SkippedWindow]
@@ -116,6 +122,7 @@ def run_training(
     with ExitStack() as stack:
         roll_call = stack.enter_context(RollCall(silence_s=cfg.train.start_up_silence_s, deadline=deadline))
         check_before_meeting(cfg.preflight)
+        keep_flight_record()
         device = join_ranks(timeout_s=cfg.train.process_group_timeout_s)
         rank, world_size = dist.get_rank(), dist.get_world_size()
         start_up.mark("ranks")
@@ -128,6 +135,7 @@ def run_training(
         reader = _open_whole(cfg, folder, start)
         if reader is not None and cfg.run.intent is not Intent.warm_start and _is_over(cfg, reader):
             return True
+        heartbeat, watchdog = _watch_ranks(cfg, folder, start, device, stack)
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
         serving = stack.enter_context(ExitStack())
@@ -145,6 +153,8 @@ def run_training(
         )
         placement = place(cfg.model, parallel, groups, seq_len=cfg.data.seq_len, seed=cfg.run.seed)
         engine = open_engine(placement, device=device, train=cfg.train, optimizer=cfg.optimizer)
+        engine.mark = heartbeat.mark
+        heartbeat.work = f"pp_stage {groups.pp.rank}"
         progress = _load(cfg, engine, reader, data)
         progress.on_disk = min(on_disk, progress.step)
         serving.close()  # all have loaded
@@ -164,6 +174,7 @@ def run_training(
         start_up.mark("model")
         if preflight is not None:
             _from_rank_0(lambda: preflight.write(folder.path / REPORT_NAME, attempt=start.attempt))
+        stragglers = _straggler_report(cfg, heartbeat, stack)
         run = Run(cfg, folder, device, data, engine, config_text, command)
         recorder, ledger = _begin_attempt(run, start, progress, reader, stack)
         roll_call.on_leave = partial(_say_stopped, recorder, progress)
@@ -187,6 +198,7 @@ def run_training(
                 sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
                 assert sums is not None, "without a deadline"
                 state["check_loss"] = [*sums, CHECK_ROWS]
+                heartbeat.mark("save")
             saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
 
         stack.push(roll_call.hold)
@@ -210,9 +222,12 @@ def run_training(
                         first,
                         roll_call,
                         partial(_tell_spike, run, batches, start.attempt),
+                        heartbeat,
+                        stragglers,
                     )
                     break
                 except RollBackError as wish:
+                    heartbeat.mark("start_up")
                     saver.finish()
                     if memory is not None:
                         memory.forget()
@@ -232,9 +247,52 @@ def run_training(
             if rank != 0:
                 sys.exit(EXIT_FAILED)  # rank 0 says why
             raise
+        except Exception as error:
+            if watchdog is not None:
+                watchdog.explain(error)
+            raise
         if memory is not None:
             memory.leave()
         return is_over
+
+
+def _watch_ranks(
+    cfg: TrainRoot, folder: RunFolder, start: Start, device: torch.device, stack: ExitStack
+) -> tuple[Heartbeat, Watchdog | None]:
+    """From here on a rank that stands still or falls is named by the others; until the first step is done the
+    roll call listens, too."""
+    timeout_s = cfg.train.hang_limit_s
+    limits = HangLimits(timeout_s, READ_TIMEOUT_SHARE * cfg.train.process_group_timeout_s)
+    heartbeat = Heartbeat(
+        folder.ranks,
+        token=start.token,
+        attempt=start.attempt,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        is_exact=device.type == "cpu",
+        every_s=limits.every_s if timeout_s else 1.0,
+        stuck_s=timeout_s or None,
+    )
+    stack.enter_context(heartbeat)
+    if not timeout_s:
+        return heartbeat, None
+    watchdog = Watchdog(
+        heartbeat, limits, run_folder=folder.path, metrics=folder.metrics, backend=dist.get_backend()
+    )
+    return heartbeat, stack.enter_context(watchdog)
+
+
+def _straggler_report(cfg: TrainRoot, heartbeat: Heartbeat, stack: ExitStack) -> StragglerReport | None:
+    if heartbeat.rank != 0 or heartbeat.world_size == 1:
+        return None
+    report = StragglerReport(
+        heartbeat.folder,
+        token=heartbeat.token,
+        world_size=heartbeat.world_size,
+        slower_than=cfg.train.straggler_slower_than,
+    )
+    stack.callback(report.close)
+    return report
 
 
 def _begin_attempt(
@@ -442,8 +500,10 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
         log.info("%s", fact)
     for warning in found.warnings:
         log.warning("%s", warning)
+    prepare(folder.ranks, world_size=world_size)
     return Start(
         attempt=next_attempt(folder.metrics),
+        token=secrets.token_hex(8),
         checkpoint=None if found.checkpoint is None else str(found.checkpoint),
         data_hash=found.data_hash,
         accepted_change=found.accepted_change,
@@ -675,7 +735,9 @@ def _ranks_that_save(cfg: TrainRoot) -> Ranks:
     """Over a group of their own: a thread talks while training does. Every rank calls this."""
     world_size = dist.get_world_size()
     timeout = timedelta(seconds=cfg.train.process_group_timeout_s)
-    group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
+    group = None
+    if world_size > 1:
+        group = dist.new_group(backend="gloo", timeout=timeout, group_desc="save")
     return Ranks(dist.get_rank(), world_size, partial(_gather, group=group))
 
 

@@ -158,6 +158,12 @@ class TrainConfig:
     """Held-out rows of an evaluation inside the run, spread evenly over the split; null: all of them."""
     process_group_timeout_s: float = 600.0
     """How long a rank waits for the others in a collective before it gives up."""
+    hang_timeout_s: float | None = None
+    """A rank that stands still for so long in a step has all ranks say where they are, and the run ends, with
+    the odd one named: docs/hangs.md. Longer in what is done for the first time; null: a quarter of
+    process_group_timeout_s; 0: nobody watches."""
+    straggler_slower_than: float = 0.2
+    """Share by which a rank is slower than the median before it is reported as a straggler."""
     start_up_silence_s: float = 25.0
     """A rank that is not heard for so long before the first step is named, and the run ends; 0: wait for
     process_group_timeout_s without a word."""
@@ -207,11 +213,23 @@ class TrainConfig:
                 f"need train.process_group_timeout_s={self.process_group_timeout_s} above 0 and "
                 f"train.start_up_silence_s={self.start_up_silence_s} at least 0"
             )
+        if not 0 <= self.hang_limit_s < self.process_group_timeout_s / 2:
+            raise ConfigError(
+                f"train.hang_timeout_s={self.hang_timeout_s} must be at least 0 and less than half of "
+                f"train.process_group_timeout_s={self.process_group_timeout_s}, or collectives give up first"
+            )
+        if not self.straggler_slower_than > 0:
+            raise ConfigError(f"train.straggler_slower_than={self.straggler_slower_than} must be above 0")
         if (self.device_peak_tflops is None) != (self.device_peak_source is None):
             raise ConfigError(
                 f"train.device_peak_tflops={self.device_peak_tflops} and "
                 f"train.device_peak_source={self.device_peak_source}: give both, or neither"
             )
+
+    @property
+    def hang_limit_s(self) -> float:
+        """hang_timeout_s, with its default filled in."""
+        return self.process_group_timeout_s / 4 if self.hang_timeout_s is None else self.hang_timeout_s
 
 
 class OptimizerKind(Enum):

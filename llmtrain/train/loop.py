@@ -24,12 +24,14 @@ from llmtrain.tracking.recorder import Recorder
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.deadline import Deadline
 from llmtrain.train.engine import Engine, StepResult
+from llmtrain.train.heartbeat import Heartbeat
 from llmtrain.train.ranks import agree
 from llmtrain.train.roll_call import RollCall
 from llmtrain.train.schedule import learning_rate
 from llmtrain.train.spike_config import SpikeAction
 from llmtrain.train.spikes import SpikeWatch, Verdict
 from llmtrain.train.start_up import StartUp
+from llmtrain.train.stragglers import StragglerReport
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,8 @@ def train(
     start_up: StartUp | None,
     roll_call: RollCall,
     tell_spike: TellSpike,
+    heartbeat: Heartbeat,
+    stragglers: StragglerReport | None,
 ) -> bool:
     """Run from `progress` until train.total_tokens are consumed, a rank has to leave, or one has an error.
 
@@ -128,6 +132,8 @@ def train(
         recorder: Where metrics go; on ranks other than 0 it writes nothing. It keeps its errors for us.
         ledger: Where rank 0 notes each step's rows; None on the others.
         save: Begins a checkpoint of where the run stands; `saver` says what became of it.
+        heartbeat: Told what this rank is at.
+        stragglers: Of rank 0, where there are others.
         start_up: None where the ranks have taken steps before, and went back.
         tell_spike: notes whose documents a step had that is not like the ones before.
 
@@ -156,6 +162,7 @@ def train(
         first, last = batches.span(progress.position)
         rows_per_step = sizes.rows_at(first)
         step_tokens = rows_per_step * seq_len
+        heartbeat.begin_step(progress.step + 1, position=first, num_rows=rows_per_step)
         longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
         failure, data = _kept_failure(recorder, ledger, saver), StepBatches([], 0)
         try:
@@ -165,6 +172,7 @@ def train(
         except LLMTrainError as error:
             failure = error
         data_wait_s = time.perf_counter() - step_start
+        heartbeat.mark("agree")
         wish = Agreement.failed if failure else Agreement.stop if deadline.is_due() else Agreement.go_on
         agreed, tokens_hash = agree(groups, engine.device, level=wish, tokens_hash=data.tokens_hash)
         if agreed == Agreement.failed:
@@ -184,6 +192,7 @@ def train(
         result = engine.train_step(data.micro_batches, lr=lr, judge=judge if watch.cfg.withholds else None)
         if judge.verdict is None and not result.is_skipped:
             judge(result.loss, result.grad_norm)
+        heartbeat.mark("record")
         if ledger is not None:  # a step that diverged, too: it is the one that people look at
             ledger.step(
                 progress.step + 1,
@@ -227,10 +236,14 @@ def train(
             deadline.leave_at_once(during_start=False)
             log.info("%s", start_up.summary())
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
+        if stragglers is not None:
+            _report_stragglers(cfg, stragglers, progress, recorder)
         done = is_over()
         eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):
+            heartbeat.mark("evaluate")
             eval_loss = evaluate(cfg, engine, held_out, progress, recorder, deadline)
+        heartbeat.mark("save")
         if done:
             saver.finish()
         if done or _due(progress.step, cfg.save.every_steps):
@@ -238,6 +251,7 @@ def train(
             last_saved = progress.step
         elif saver.has_memory and _due(progress.step, cfg.save.memory_every_steps):
             _save(save, engine, progress, recorder, ledger, saver, eval_loss, in_memory=True)
+    heartbeat.mark("leave")
     if last_saved < progress.step:
         saver.finish()
         longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
@@ -298,6 +312,17 @@ def _obey(
             f"step {step}, rows {first} to {last}: {verdict.reason}; the run ends (spikes.on_spike, "
             "spikes.on_non_finite and spikes.budget say when)"
         )
+
+
+def _report_stragglers(
+    cfg: TrainRoot, stragglers: StragglerReport, progress: Progress, recorder: Recorder
+) -> None:
+    if _due(progress.step, cfg.tracking.log_every_steps):
+        stragglers.look()
+    if found := stragglers.take():
+        recorder.ranks(progress.step, **found[0])
+        for each in found[1]:
+            recorder.event("straggler", progress.step, **vars(each))
 
 
 def _all_have_time(engine: Engine, deadline: Deadline, save_s: float) -> bool:

@@ -42,6 +42,11 @@ class RunFolder:
         """Commit, versions, command line and host of every attempt."""
         return self.path / "run.json"
 
+    @property
+    def ranks(self) -> Path:
+        """Each rank's beat."""
+        return self.path / "ranks"
+
     def holds_a_run(self) -> bool:
         return self.metrics.exists() or self.holds_checkpoints()
 

@@ -130,7 +130,7 @@ def test_a_diverged_run_stops_and_keeps_its_checkpoint(
     )
     status, text = launcher.run(arguments)
     assert status == EXIT_FAILED
-    assert "start again with a lower optimizer.peak_lr, or resume with one" in text
+    assert "start again with a lower optimizer.peak_lr, resume with one from" in text
     events = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "event"]
     diverged = next(event["step"] for event in events if event["what"] == "diverged")
     steps = read_ledger(tmp_path / "run" / LEDGER_NAME).steps
