@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-all test-slurm bench-planner lint clean
+.PHONY: setup demo test test-all test-slurm test-hosts bench-planner lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.ready
@@ -34,11 +34,15 @@ test: setup
 	$(PYTEST)
 
 test-all: setup
-	$(PYTEST) -m "not gpu and not slurm" --timeout 3600
+	$(PYTEST) -m "not gpu and not slurm and not hosts" --timeout 3600
 
-# A Slurm of its own on loopback, as root with apt; else it skips. About ten minutes.
+# A Slurm of its own on loopback, as root with apt; else it skips. About five minutes; ONLY='-k requeued' runs one case.
 test-slurm: setup
-	$(BIN)/python -m pytest -n 0 -m slurm tests/slurm --timeout 1800
+	$(BIN)/python -m pytest -n 0 -rs -m slurm tests/slurm --timeout 1800 $(ONLY)
+
+# Network namespaces as hosts, as root; else it skips. About five minutes.
+test-hosts: setup
+	$(BIN)/python -m pytest -n 0 -rs -m hosts tests/hosts --timeout 900 $(ONLY)
 
 bench-planner: setup
 	$(BIN)/llmtrain bench planner out=plans/accuracy.json

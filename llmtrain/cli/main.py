@@ -82,6 +82,10 @@ def main() -> None:
         print("\n".join(f"  llmtrain {part:<20} {PARTS[part]}" for part in parts), file=sys.stderr)
         sys.exit(2)
     name = " ".join(arguments[:words])
+    if name == "train":
+        from llmtrain.cli.listen import listening  # noqa: PLC0415  no other verb needs it
+
+        listening()
     module = importlib.import_module(f"llmtrain.cli.{name.replace(' ', '_').replace('-', '_')}")
     sys.argv = [f"llmtrain {name}", *arguments[words:]]
     module.main()

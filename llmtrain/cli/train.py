@@ -15,8 +15,9 @@ import yaml
 
 from llmtrain import files
 from llmtrain.cli.compose import fail, run_verb, sweep_folder
-from llmtrain.errors import LLMTrainError
-from llmtrain.launch.environment import array_job, job_end
+from llmtrain.cli.listen import listening
+from llmtrain.errors import ConfigError, LLMTrainError
+from llmtrain.launch.environment import array_job
 from llmtrain.log import setup_logging, world_size
 from llmtrain.parallel.config import EngineKind
 from llmtrain.tracking.config import WandbMode, sweep_group
@@ -31,7 +32,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    run_verb("train", TrainRoot, partial(run, deadline=Deadline(end=job_end(os.environ))))
+    run_verb("train", TrainRoot, partial(run, deadline=listening()))
 
 
 def run(cfg: TrainRoot, deadline: Deadline) -> None:
@@ -59,7 +60,7 @@ def run_job(cfg: TrainRoot) -> None:
     """Be one job of a --multirun."""
     setup_logging()
     try:
-        start_training(cfg, Deadline(end=job_end(os.environ)))
+        start_training(cfg, listening())
     except LLMTrainError as error:
         fail(str(error))
 
@@ -98,8 +99,15 @@ def start_training(cfg: TrainRoot, deadline: Deadline) -> None:
     except SameFailureError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(leave_with(EXIT_NEVER))
-    if not is_over:
-        sys.exit(leave_with(EXIT_AGAIN))
+    except ConfigError as error:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(leave_with(EXIT_NEVER))
+    if is_over:
+        leave_with(0)  # after an elastic restart the file may still say 75
+    else:
+        sys.exit(leave_with(EXIT_AGAIN, deadline.reason()))
 
 
 def report_check(cfg: TrainRoot) -> None:

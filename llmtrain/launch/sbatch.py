@@ -64,9 +64,15 @@ def render(job: Job, cfg: SlurmConfig) -> str:
         [_what(job, cfg)],
         [_where(cfg)],
         [budget],
-        [_TORCHRUN if is_train else ""],
+        [_fill(_TORCHRUN, told=f"{quote(str(job.log_folder))}/{_own_name(job)}.status") if is_train else ""],
         [_srun(job, cfg)],
-        [_LOOP_BEGIN, ranks if is_train else _fill(_LAUNCH_ONE, verb=job.verb), _LOOP_END],
+        [
+            _LOOP_BEGIN,
+            ranks if is_train else _fill(_LAUNCH_ONE, verb=job.verb),
+            _LOOP_WAIT,
+            _LOOP_TOLD if is_train else "",
+            _LOOP_END,
+        ],
     ]
     texts = ("".join(part.strip("\n") + "\n" for part in block if part) for block in blocks)
     return "\n".join(text for text in texts if text)
@@ -185,10 +191,15 @@ def _fill(text: str, **values: object) -> str:
     return text
 
 
+def _own_name(job: Job) -> str:
+    """What the files of this job, or of this task of an array, begin with: for bash."""
+    return '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"' if job.is_array else '"$SLURM_JOB_ID"'
+
+
 def _srun(job: Job, cfg: SlurmConfig) -> str:
-    per_node = '"$SLURM_ARRAY_JOB_ID"_"$SLURM_ARRAY_TASK_ID"' if job.is_array else '"$SLURM_JOB_ID"'
     cores = [] if cfg.cpus_per_rank is None else ['    --cpus-per-task="$SLURM_CPUS_PER_TASK"']
     in_container, inside = _container(cfg, num_gpus(job.verb, cfg))
+    logs = f"{quote(_logs(job))}/{_own_name(job)}"
     return "\n".join(
         [
             "# -- how it is started: one task a node, which gets all of the node's part of the job",
@@ -198,7 +209,7 @@ def _srun(job: Job, cfg: SlurmConfig) -> str:
             "    --cpu-bind=none --export=ALL --kill-on-bad-exit=1",
             ")",
             "task=(",
-            f"    --open-mode=append --output={quote(_logs(job))}/{per_node}.%t.out # %t: the node's number",
+            f"    --open-mode=append --output={logs}.%t.out # %t: the node's number",
             *in_container,
             ")",
             f"inside=({inside})",
@@ -282,6 +293,9 @@ export OMP_NUM_THREADS=$((SLURM_CPUS_ON_NODE > ranks_per_node ? SLURM_CPUS_ON_NO
 # Slurm already: a second one ends a rank at once.
 on_each_node='trap "" USR1 TERM
 exec "$0" -m torch.distributed.run --local-addr "$SLURMD_NODENAME" "$@"'
+# torchrun has one status for all failures, and srun ends the other nodes at the first. So a rank of each node
+# writes here what is meant: 75 of sysexits.h, start me again; 78, never again.
+export LLMTRAIN_EXIT_FILE=@told@
 """
 
 _LOOP_BEGIN = r"""
@@ -296,6 +310,7 @@ for ((failures = 0; ; failures++)); do
 """
 
 _LAUNCH_RANKS = r"""
+    : >"$LLMTRAIN_EXIT_FILE"
     port=$((@first_port@ + (SLURM_JOB_ID * 101 + restarts * 11 + failures) % @num_ports@))
     say "${#hosts[@]} x $ranks_per_node ranks meet at ${hosts[0]}:$port: ${hosts[*]}"
     "${srun[@]}" "${task[@]}" "${inside[@]}" bash -c "$on_each_node" "$python" \
@@ -312,7 +327,7 @@ _LAUNCH_ONE = r"""
         -m llmtrain.cli.main @verb@ "${words[@]}" "${more[@]}" &
 """
 
-_LOOP_END = r"""
+_LOOP_WAIT = r"""
     step=$!
     while kill -0 "$step" 2>/dev/null; do
         [[ -z $leave_by ]] || ((SECONDS < leave_by)) || stand_in_queue "the run did not leave in time"
@@ -323,6 +338,19 @@ _LOOP_END = r"""
     wait "$step" || status=$?
     step=''
     [[ -z $stop ]] || break
+"""
+
+_LOOP_TOLD = r"""
+    case $(cut -d ' ' -f 1 "$LLMTRAIN_EXIT_FILE") in
+        75) stand_in_queue "the run left before its time was over" ;;
+        78)
+            say "the run says that starting it again is no use; the ends of the nodes' logs say why"
+            exit 78
+            ;;
+    esac
+"""
+
+_LOOP_END = r"""
     if ((status == 0)); then
         say "the run is over"
         exit 0

@@ -85,8 +85,6 @@ class AccelerateEngine:
         """Whether each rank keeps its rows of every weight alone."""
         self._grad_clip = train.grad_clip
         self._has_sorted_buckets = self.is_split or self.data.size <= 2
-        if self.data.rank == 0:
-            _warn_of_unheard(train.precision)
         with _heard_by_argument_alone(has_ranks=self.is_split or self.data.size > 1):
             self._accelerator = _open_accelerator(placement.parallel.zero_stage, device, train.precision)
         self._model = self._build(train)
@@ -340,21 +338,3 @@ def _heard_by_argument_alone(*, has_ranks: bool) -> Iterator[None]:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)
-
-
-def _warn_of_unheard(precision: Precision) -> None:
-    """Name what `accelerate launch` was asked for and the run's config does not say."""
-    told = {
-        name: value
-        for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
-        if (value := os.environ.get(f"ACCELERATE_USE_{name}", "false")).lower() == "true"
-    }
-    unheard = [f"ACCELERATE_USE_{name}={value}" for name, value in told.items()]
-    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision not in ("no", precision.name):
-        unheard.append(f"ACCELERATE_MIXED_PRECISION={mixed_precision}")
-    if unheard:
-        log.warning(
-            "%s has no effect: parallel.zero_stage and train.precision say how ranks share work",
-            ", ".join(unheard),
-        )

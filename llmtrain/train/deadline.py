@@ -106,13 +106,13 @@ class Deadline:
             raise SystemExit(leave_with(EXIT_AGAIN))
 
 
-def leave_with(status: int, environment: Mapping[str, str] = os.environ) -> int:
-    """Tell whoever launched this rank the `status` that is meant; return the one to exit with.
+def leave_with(status: int, why: str | None = None, *, environment: Mapping[str, str] = os.environ) -> int:
+    """Tell whoever launched this rank the `status` that is meant, and why; return the one to exit with.
 
     Under torchrun that is 0 for a run that shall go on later: torchrun would call anything else a failure,
     and end the other ranks in the middle of leaving.
     """
     told = environment.get(EXIT_FILE)
     if told and environment.get("LOCAL_RANK", "0") == "0":
-        Path(told).write_text(f"{status}\n", encoding="ascii")
+        Path(told).write_text(f"{status} {why or ''}".strip() + "\n", encoding="utf-8")
     return 0 if status == EXIT_AGAIN and "TORCHELASTIC_RUN_ID" in environment else status

@@ -163,6 +163,10 @@ if words[command:] == ["true"]:
 does = os.environ.get("SRUN", "run").split(",")
 count = sum(json.loads(line)[:1] == ["srun"] and json.loads(line)[-1] != "true" for line in open({record!r}))
 do = does[min(count, len(does)) - 1]
+if do in ("again", "never"):
+    with open(os.environ["LLMTRAIN_EXIT_FILE"], "w") as file:
+        file.write({{"again": "75 SIGTERM\\n", "never": "78\\n"}}[do])
+    sys.exit(0 if do == "again" else 1)
 if do == "run":
     os.environ["SLURMD_NODENAME"] = "node-a"
     os.execvp(words[command], words[command:])
@@ -197,7 +201,7 @@ class World:
         self.tools = folder / "bin"
         self.record = folder / "record.jsonl"
         self.ready = folder / "ready"
-        for path in (self.folder, self.tools):
+        for path in (self.folder, self.tools, folder / "logs"):
             path.mkdir()
         names = {"python": sys.executable, "record": str(self.record), "ready": str(self.ready)}
         for path, text in (
@@ -375,6 +379,31 @@ def test_a_run_that_fails_is_tried_again_and_then_its_status_is_the_jobs(world):
 
 
 def test_a_run_that_fails_once_and_then_ends_well_is_a_success(world):
+    status, output = world.run(world.job(["x=1"]), CPU, SRUN="1,0")
+    assert status == 0
+    assert "the run is over" in output
+
+
+def test_a_run_that_left_stands_in_the_queue_again_within_its_budget(world):
+    status, output = world.run(world.job(["x=1"]), CPU, SRUN="again")
+    assert status == 0
+    assert "the run left before its time was over; asking Slurm to start this job again" in output
+    assert world.calls("scontrol") == [["requeue", "42"]]
+    status, output = world.run(world.job(["x=1"]), CPU, SRUN="again", SLURM_RESTART_COUNT="100")
+    assert status == 1
+    assert "not again: it was started again 100 times, and max_restarts=100" in output
+
+
+def test_a_run_that_says_never_again_ends_the_job(world):
+    status, output = world.run(world.job(["x=1"]), CPU, SRUN="never")
+    assert status == 78
+    assert "the run says that starting it again is no use" in output
+    assert len(world.calls("srun")) == 1
+    assert world.calls("scontrol") == []
+
+
+def test_what_one_start_of_the_run_said_is_forgotten_at_the_next(world):
+    (world.folder.parent / "logs/42.status").write_text("78\n")
     status, output = world.run(world.job(["x=1"]), CPU, SRUN="1,0")
     assert status == 0
     assert "the run is over" in output

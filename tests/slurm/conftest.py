@@ -1,7 +1,10 @@
-"""A Slurm of its own with four virtual nodes on this machine, and what tests ask of it.
+"""A Slurm of its own with virtual nodes on this machine, and drills on it that run side by side.
 
 The nodes are named by addresses of the loopback device, 127.0.0.2 and on: a name that every program can look
 up without a line in /etc/hosts. Daemons listen on loopback only. One such cluster at a time on a machine.
+
+A drill is a function that submits, does its harm, waits and returns what a test looks at. The drills of all
+tests of a session start together; their jobs share the nodes as jobs of several people would.
 """
 
 from __future__ import annotations
@@ -12,16 +15,24 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_folder import write_data_folder
 from slurm_cluster import daemon, free_ports, slurm, wait_until, why_not
 
-NUM_NODES = 4
+NUM_NODES = 8
+"""Each is full with one rank of a job's: killing one harms nobody else."""
+BAD_ENDS = {"CANCELLED", "FAILED", "TIMEOUT"}
+ASK_EVERY_S = 1.0
+"""Drills are many, and each question is a process."""
 NODE_MARK = "VIRTUAL_NODE"
 LOCK = Path(tempfile.gettempdir()) / "llmtrain-test-slurm.lock"
 
@@ -55,7 +66,7 @@ KillWait=10
 MinJobAge=3600
 CompleteWait=0
 SlurmctldTimeout=10
-SlurmdTimeout=10
+SlurmdTimeout=15
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=24:00:00 State=UP
 """
@@ -66,6 +77,8 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
     slurmds: dict[str, ExitStack] = field(default_factory=dict)
+    is_over: threading.Event = field(default_factory=threading.Event)
+    """Set when the session ends: drills that still wait give up."""
 
     def ask(self, *command: str) -> str:
         return slurm(self.environment, *command)
@@ -93,19 +106,32 @@ class Cluster:
         self.slurmds.pop(name).close()
 
     def facts(self, job: int | str) -> list[dict[str, str]]:
-        """What Slurm says of a job, of each task of an array."""
-        lines = self.ask("scontrol", "show", "job", "-o", str(job)).splitlines()
-        return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+        """What Slurm says of a job, of each task of an array. A busy controller is asked again."""
+        for _ in range(60):
+            if lines := self.ask("scontrol", "show", "job", "-o", str(job)).splitlines():
+                return [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in lines]
+            time.sleep(ASK_EVERY_S)
+        raise AssertionError(f"Slurm does not know job {job}, or does not answer")
 
     def states(self, job: int | str) -> list[str]:
         return [facts["JobState"] for facts in self.facts(job)]
 
+    def wait_until(self, claim: Callable[[], bool], *, within_s: float = 600.0) -> None:
+        deadline = time.monotonic() + within_s
+        while not claim():
+            assert time.monotonic() < deadline, f"not within {within_s:.0f} s"
+            assert not self.is_over.wait(ASK_EVERY_S), "the session is over"
+
     def wait_for(self, job: int | str, *states: str, within_s: float = 600.0) -> None:
         """Return once every task of the job is in one of `states`, or say where it hangs."""
+
+        def is_there() -> bool:
+            found = set(self.states(job))
+            assert not found & BAD_ENDS - set(states)
+            return found <= set(states)
+
         try:
-            wait_until(
-                lambda: bool(self.states(job)) and set(self.states(job)) <= set(states), within_s=within_s
-            )
+            self.wait_until(is_there, within_s=within_s)
         except AssertionError:
             logs = "\n".join(
                 f"== {path}\n{path.read_text()[-3000:]}" for path in self.logs_of(job) if path.exists()
@@ -130,7 +156,7 @@ def virtual_cluster(folder: Path) -> Iterator[Cluster]:
     host = socket.gethostname().partition(".")[0]
     names = [f"127.0.0.{number + 1}" for number in range(1, NUM_NODES + 1)]
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=8000 "
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=1 RealMemory=8000 "
         "State=UNKNOWN"
         for name, port in zip(names, ports[1:], strict=True)
     )
@@ -161,6 +187,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with virtual_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
             yield cluster
+
+
+Drill = Callable[[Cluster, Path, Path], Any]
+"""Takes the cluster, a data folder, and an empty folder of its own."""
+
+
+@pytest.fixture(scope="session")
+def drills(
+    request: pytest.FixtureRequest, cluster: Cluster, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Drill, Future[Any]]]:
+    """Those of the tests that are selected, started."""
+    wanted = dict.fromkeys(
+        each
+        for item in request.session.items
+        if hasattr(item, "callspec")
+        for each in item.callspec.params.get("drill", ())
+    )
+    with ThreadPoolExecutor(max_workers=len(wanted)) as pool:
+        yield {
+            drill: pool.submit(drill, cluster, data, tmp_path_factory.mktemp(drill.__name__))
+            for drill in wanted
+        }
+        cluster.is_over.set()
+        cluster.ask("scancel", "--user=root")  # what a drill that failed left
+
+
+@pytest.fixture
+def drill(request: pytest.FixtureRequest, drills: dict[Drill, Future[Any]]) -> Any:
+    """What each drill that the test names returned, once it has."""
+    return [drills[each].result() for each in request.param]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -124,6 +125,12 @@ def test_the_launcher_is_told_the_status_that_is_meant(
     tmp_path, status, environment, exits_with, told
 ) -> None:
     path = tmp_path / "status"
-    assert leave_with(status, {**environment, EXIT_FILE: str(path)}) == exits_with
+    assert leave_with(status, environment={**environment, EXIT_FILE: str(path)}) == exits_with
     assert path.exists() == told
-    assert leave_with(status, environment) == exits_with
+    assert leave_with(status, environment=environment) == exits_with
+
+
+def test_the_reason_follows_the_status(tmp_path: Path) -> None:
+    path = tmp_path / "status"
+    leave_with(EXIT_AGAIN, "the time limit of the job", environment={EXIT_FILE: str(path)})
+    assert path.read_text() == f"{EXIT_AGAIN} the time limit of the job\n"

@@ -49,10 +49,11 @@ def outcomes(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def is_unheard(process: Any, output: Path) -> bool:
-    """Whether a signal came before the rank listened, and ended it as it ends any process; Ctrl-C in the
-    fork server's own code is status 1."""
-    has_spoken = output.exists() and bool(output.read_text().strip())
-    return process.exitcode in UNHEARD or (process.exitcode == 1 and not has_spoken)
+    """Whether a signal came before the rank listened, and ended it as it ends any process; of Ctrl-C in the
+    fork server's own code the status is 1."""
+    spoken = output.read_text().strip() if output.exists() else ""
+    interrupted = process.exitcode == 1 and (not spoken or spoken.endswith("KeyboardInterrupt"))
+    return process.exitcode in UNHEARD or interrupted
 
 
 def wait(run: Run) -> int:
