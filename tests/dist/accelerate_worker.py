@@ -16,12 +16,12 @@ import torch.distributed as dist
 from engine_worker import MODELS, OPTIMIZER, SEED, batch_of
 from torch.profiler import ProfilerActivity, profile
 
+from llmtrain.checkpoint.format import FlatSource
 from llmtrain.model.config import ModelConfig
 from llmtrain.parallel.config import EngineKind, ParallelConfig
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
 from llmtrain.train.accelerate_engine import AccelerateEngine
-from llmtrain.checkpoint.format import FlatSource
 from llmtrain.train.config import Precision, TrainConfig
 from llmtrain.train.placement import fresh_weights, place
 from llmtrain.train.ranks import join_ranks

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
-from llmtrain.train.accelerate_engine import _warn_of_unheard
 from llmtrain.train.config import Precision
+from llmtrain.train.engines import _warn_of_unheard
 
 STAGES = (0, 2, 3)
 
