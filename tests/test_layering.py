@@ -82,12 +82,16 @@ NO_TORCH_FILES = {
     "parallel/compatibility.py",
     "parallel/topology.py",
     "parallel/volume.py",
+    "train/capsule.py",
     "train/certificate.py",
+    "train/changes.py",
     "train/deadline.py",
     "train/retries.py",
+    "train/settings.py",
     "train/shrink.py",
     "train/spike_config.py",
     "train/spikes.py",
+    "train/unread.py",
 }
 MAY_HOLD_CODE = {"__init__.py", "planner/__init__.py"}
 """The version; and `llmtrain.planner.predict`, which others call, found when it is asked for."""

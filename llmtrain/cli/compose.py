@@ -18,11 +18,13 @@ import hydra
 import omegaconf
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llmtrain import files
 from llmtrain.errors import EXIT_FAILED, ConfigError, LLMTrainError, unknown_name
 from llmtrain.log import setup_logging
 
@@ -93,6 +95,18 @@ def sweep_folder() -> Path | None:
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         return Path(HydraConfig.get().runtime.output_dir)
     return None
+
+
+def given_settings() -> set[str]:
+    """Dotted names of all that was given on the command line: of `schedule={kind: wsd}` schedule.kind too."""
+    if not HydraConfig.initialized():
+        return set()
+    parser, found = OverridesParser.create(), set()
+    for override in parser.parse_overrides(list(HydraConfig.get().overrides.task)):
+        value = override.value()
+        name = override.key_or_group
+        found |= {name, *files.flatten(value, name)} if isinstance(value, dict) else {name}
+    return found
 
 
 def fail(message: str) -> None:

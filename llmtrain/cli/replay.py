@@ -1,5 +1,5 @@
 """`llmtrain replay run=RUN step=N`: feed exactly the rows of a step to the model, and tell the loss of each
-document in them.
+document in them. `capsule=FILE` does the failed step of a capsule again: cli/capsule.py.
 
 With the weights of the step before, the loss is the one that the run recorded. The documents are listed with
 the worst first: what is behind a loss spike stands at the top.
@@ -21,6 +21,8 @@ from rich.text import Text
 
 from llmtrain.checkpoint.find import checkpoint_path, checkpoints_of, list_checkpoints
 from llmtrain.checkpoint.storage import Place, place_of
+from llmtrain.cli.capsule import lines as capsule_lines
+from llmtrain.cli.capsule import replay_capsule
 from llmtrain.cli.compose import run_verb
 from llmtrain.cli.past_step import TracedRow, excerpt, traced
 from llmtrain.cli.restore import Precision, load_weights
@@ -29,40 +31,57 @@ from llmtrain.data.trace import OutputFormat, Traced
 from llmtrain.errors import CheckpointError, ConfigError
 from llmtrain.inference.perplexity import losses_of_tokens
 from llmtrain.loader.batches import to_batch
+from llmtrain.loader.ledger import Step
 from llmtrain.loader.replay import PastRun, StepRow
 from llmtrain.model.transformer import Transformer
 from llmtrain.progress import progress
-from llmtrain.tracking.metrics import read_metrics
+from llmtrain.tracking.metrics import read_lines
 from llmtrain.train.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+OF_A_RUN = ("run", "step", "position", "attempt", "rank", "micro_batch")
+"""Settings that say which rows, where no capsule does."""
 AT_ONCE = 8
 """Rows that are read and kept at a time."""
 
 
 @dataclass(kw_only=True)
 class ReplayRoot:
-    run: str
+    run: str | None = None
     """The run folder."""
-    step: int
+    step: int | None = None
     """The step to replay, from 1."""
+    capsule: str | None = None
+    """A failure capsule, in place of a run and a step."""
+    position: int | None = None
+    """A row that the step took, as a place in the run: after a rollback two steps of one number have other
+    rows. null: the step as it was done last."""
+    attempt: int | None = None
+    """The attempt that did the step; null: the last."""
     rank: int | None = None
     """Only the rows of this data-parallel rank; null: all."""
     micro_batch: int | None = None
     """Only this micro batch of each rank, from 0; null: all of them."""
     checkpoint: str | None = None
-    """Weights to take; null: the run's of the step before, or the newest before that, or the oldest after."""
+    """Weights to take; null: the run's of the step before, or the newest before that, or the oldest after;
+    of a capsule, those that it holds or names."""
     device: str | None = None
-    """null: a GPU if there is one, else the CPU."""
+    """null: a GPU if there is one, else the CPU; for a capsule the CPU."""
     precision: Precision | None = None
     """null: that of the run."""
     worst: int = 20
-    """Documents to print; all of them are in the JSON."""
+    """Documents to print, of a capsule rows; all of them are in the JSON."""
     format: OutputFormat = OutputFormat.text
 
     def __post_init__(self) -> None:
-        if self.step < 1 or self.worst < 1:
+        own = {name: getattr(self, name) for name in OF_A_RUN}
+        if self.capsule is not None and any(value is not None for value in own.values()):
+            told = ", ".join(f"{name}={value}" for name, value in own.items() if value is not None)
+            raise ConfigError(f"{told}: a capsule is of one step of one run; leave it out with capsule=FILE")
+        if self.capsule is None and (self.run is None or self.step is None):
+            raise ConfigError(f"run={self.run} and step={self.step}: give both, or capsule=FILE")
+        if (self.step is not None and self.step < 1) or self.worst < 1:
             raise ConfigError(f"step={self.step} and worst={self.worst} must be at least 1")
 
 
@@ -105,6 +124,9 @@ def main() -> None:
 
 def show(cfg: ReplayRoot) -> None:
     """Print the losses; exit status 1 when the tokens are not those that the run read."""
+    if cfg.capsule is not None:
+        show_capsule(cfg, Path(cfg.capsule))
+        return
     found = replay(cfg)
     if cfg.format is OutputFormat.json:
         print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
@@ -118,17 +140,30 @@ def show(cfg: ReplayRoot) -> None:
         sys.exit(1)
 
 
+def show_capsule(cfg: ReplayRoot, path: Path) -> None:
+    found = replay_capsule(path, checkpoint=cfg.checkpoint, device=cfg.device, precision=cfg.precision)
+    if cfg.format is OutputFormat.json:
+        print(json.dumps(asdict(found), ensure_ascii=False, indent=1))
+        return
+    console = Console(highlight=False)
+    for text in capsule_lines(found, worst=cfg.worst):
+        console.print(text, soft_wrap=True)
+
+
 def replay(cfg: ReplayRoot) -> Replayed:
     """
     Raises:
         DataError: no ledger, no such step or rank, or other data than the run's.
         CheckpointError: no weights.
     """
+    assert cfg.run is not None, "checked by ReplayRoot"
+    assert cfg.step is not None, "checked by ReplayRoot"
     folder = Path(cfg.run)
     root = run_config(folder)
     past = PastRun(folder, root.data, seed=root.run.seed)
-    step, _ = past.step(cfg.step)
-    places = past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch)
+    which = {"position": cfg.position, "attempt": cfg.attempt}
+    step, start = past.step(cfg.step, **which)
+    places = past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch, **which)
     precision = cfg.precision or Precision[root.train.precision.name]
     checkpoint = place_of(cfg.checkpoint) if cfg.checkpoint else _checkpoint_for(folder, cfg.step)
     model, reader = load_weights(checkpoint, device=cfg.device, precision=precision)
@@ -138,9 +173,15 @@ def replay(cfg: ReplayRoot) -> Replayed:
             "the weights are those of step %d, not of step %d%s: losses differ from what the run recorded",
             *(reader.step, cfg.step - 1, seen),
         )
+    elif start.passed_over.next_position(reader.state["position"]) != step.first:
+        log.warning(
+            "the weights of step %d have seen other rows than those of attempt %d had: losses differ from "
+            "what the run recorded",
+            *(reader.step, step.attempt),
+        )
     if root.train.dropout:
         log.warning("the run dropped %g of its activations; nothing is dropped here", root.train.dropout)
-    is_whole = len(places) == step.last + 1 - step.first
+    is_whole = len(places) == len(past.positions_of(step))
     rows = list(_losses(model, past, traced(past, places), quiet=cfg.format is OutputFormat.json))
     num_targets = sum(row.num_targets for row in rows)
     return Replayed(
@@ -149,7 +190,7 @@ def replay(cfg: ReplayRoot) -> Replayed:
         checkpoint=str(reader.path),
         loss=math.fsum(row.loss * row.num_targets for row in rows) / max(1, num_targets),
         num_targets=num_targets,
-        recorded_loss=_recorded(folder, cfg.step) if is_whole else None,
+        recorded_loss=_recorded(folder, step) if is_whole else None,
         hash=f"{past.recomputed(step):016x}" if is_whole else None,
         ledger_hash=step.hash,
         rows=rows,
@@ -165,9 +206,23 @@ def _checkpoint_for(run: Path, step: int) -> Place:
     return checkpoint_path(folder, max([number for number in there if number < step], default=there[0]))
 
 
-def _recorded(run: Path, step: int) -> float | None:
-    lines = read_metrics(RunFolder(run).metrics)
-    return next((line["loss"] for line in lines if line["kind"] == "step" and line["step"] == step), None)
+def _recorded(run: Path, step: Step) -> float | None:
+    """The loss of the step on these rows; of one that ended the run or was rolled back, as the event has
+    it."""
+    lines = [
+        line
+        for line in reversed(read_lines(RunFolder(run).metrics))
+        if (line["step"], line["attempt"]) == (step.step, step.attempt)
+    ]
+    for line in lines:
+        if line["kind"] == "step" and line.get("position") == step.last + 1:
+            return line.get("loss")
+    for line in lines:
+        if line.get("what") == "diverged":
+            return line.get("loss")
+        if line.get("what") == "spike" and line.get("first") == step.first and line.get("quantity") == "loss":
+            return line.get("value")
+    return None
 
 
 def _losses(model: Transformer, past: PastRun, rows: list[TracedRow], *, quiet: bool) -> Iterator[RowLoss]:

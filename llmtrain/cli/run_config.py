@@ -24,18 +24,26 @@ def run_config(folder: Path) -> TrainRoot:
     path = RunFolder(folder).config
     if not path.is_file():
         raise DataError(f"{path} does not exist; give the folder of a run, as in run=runs/demo")
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(TrainRoot), yaml.safe_load(path.read_text(encoding="utf-8"))
-        )
-        root = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    assert isinstance(root, TrainRoot), f"{path} gives a {type(root).__name__}"
+    root = parsed(path.read_text(encoding="utf-8"), path)
     if root.data.folder is not None:
         root.data.folder = str(data_folder_of(Path(root.data.folder), folder))
     for source in root.data.sources.values():
         source.folder = str(data_folder_of(Path(source.folder), folder))
+    return root
+
+
+def parsed(text: str, path: Path) -> TrainRoot:
+    """A run's `config.yaml` as dataclasses; `path` is where it comes from.
+
+    Raises:
+        DataError: another version of llmtrain wrote it.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TrainRoot), yaml.safe_load(text))
+        root = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    assert isinstance(root, TrainRoot), f"{path} gives a {type(root).__name__}"
     return root
 
 

@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 
 import yaml
 
 from llmtrain import files
-from llmtrain.cli.compose import fail, run_verb, sweep_folder
+from llmtrain.cli.compose import fail, given_settings, run_verb, sweep_folder
 from llmtrain.cli.listen import listening
 from llmtrain.errors import ConfigError, LLMTrainError
 from llmtrain.launch.environment import array_job
@@ -26,6 +27,7 @@ from llmtrain.train.config import TrainRoot
 from llmtrain.train.deadline import EXIT_AGAIN, EXIT_NEVER, Deadline, leave_with
 from llmtrain.train.retries import SameFailureError
 from llmtrain.train.start_up import StartUp
+from llmtrain.train.unread import refuse_unread
 
 PR_SET_PDEATHSIG = 1
 """prctl's option number: <linux/prctl.h>."""
@@ -42,9 +44,12 @@ def run(cfg: TrainRoot, deadline: Deadline) -> None:
     if cfg.tracking.wandb_group is None and cfg.tracking.wandb is not WandbMode.off:
         group = sweep_group(array_job=array_job(os.environ), sweep_folder=folder)
         cfg = replace(cfg, tracking=replace(cfg.tracking, wandb_group=group))
+    given = given_settings()
     if cfg.check_only:
-        report_check(cfg)
-    elif folder is not None:
+        report_check(cfg, given)
+        return
+    refuse_unread(cfg, given)
+    if folder is not None:
         # A job of a --multirun gets a process: DeepSpeed keeps its groups in globals, so one cannot start
         # it twice.
         job = multiprocessing.get_context("spawn").Process(target=run_job, args=(cfg,))
@@ -84,6 +89,9 @@ def start_training(cfg: TrainRoot, deadline: Deadline) -> None:
     start_up.mark("Python and Hydra")
     import torch  # noqa: F401, PLC0415  a login node's check_only=true must not pay for it
 
+    from llmtrain.train import determinism  # noqa: PLC0415  needs torch
+
+    determinism.apply(cfg.train.determinism)  # before anything computes
     start_up.mark("torch")
     if cfg.parallel.engine is EngineKind.deepspeed:
         import llmtrain.train.deepspeed_engine  # noqa: F401, PLC0415  most of the time is DeepSpeed's import
@@ -110,9 +118,9 @@ def start_training(cfg: TrainRoot, deadline: Deadline) -> None:
         sys.exit(leave_with(EXIT_AGAIN, deadline.reason()))
 
 
-def report_check(cfg: TrainRoot) -> None:
+def report_check(cfg: TrainRoot, given: Collection[str] = ()) -> None:
     """Print what the run would be, and fail with every problem at once."""
-    found = check_train(cfg, world_size=world_size() if world_size() > 1 else None)
+    found = check_train(cfg, world_size=world_size() if world_size() > 1 else None, given=given)
     for fact in found.facts:
         print(f"ok       {fact}")
     for warning in found.warnings:

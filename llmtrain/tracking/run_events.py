@@ -19,6 +19,8 @@ TITLES = {
     "replayed": "steps done again",
     "snapshot": "snapshot in memory",
     "wandb": "W&B",
+    "config_changed": "settings changed at the resume",
+    "capsule": "failure capsule",
     "overflow": "fp16 overflow, step skipped",
     "hang": "a rank hung or was lost",
     "straggler": "a slow rank",
@@ -32,6 +34,8 @@ LEVELS = {
     "first_step": "info",
     "snapshot": "info",
     "wandb": "info",
+    "config_changed": "info",
+    "capsule": "info",
     "failed": "bad",
     "diverged": "bad",
     "hang": "bad",
@@ -78,6 +82,7 @@ def told(record: Mapping[str, Any]) -> Told:
         "replayed": lambda: _replayed(record),
         "snapshot": lambda: _save_details(record),
         "wandb": lambda: str(record.get("text", "")),
+        "config_changed": lambda: _config_changed(record),
         "stopped": lambda: f"by {record.get('signal', 'a signal')}",
         "spike": lambda: f"{record.get('action')}: {record.get('reason')}",
         "rolled_back": lambda: f"after step {record['step']}: {record.get('reason', '')}",
@@ -133,6 +138,14 @@ def _save_details(record: Mapping[str, Any]) -> str:
     if not isinstance(save, int | float):
         return ""
     return f"in {format_duration(save)}, training waited {format_duration(stall)}"
+
+
+def _config_changed(record: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{each.get('name')} {each.get('old')} -> {each.get('new')} ({each.get('change')})"
+        for each in record.get("changes", [])
+        if isinstance(each, dict)
+    )
 
 
 def stall_of_save_s(record: Mapping[str, Any]) -> float:

@@ -44,8 +44,11 @@ from llmtrain.tracking.metrics import next_attempt, read_lines
 from llmtrain.tracking.recorder import Recorder, RunRecorder, SilentRecorder
 from llmtrain.tracking.run_data import find_plan
 from llmtrain.tracking.wandb import node_sink, wandb_id
+from llmtrain.train import determinism
+from llmtrain.train.capsule import Capsules, keep, kept
 from llmtrain.train.certificate import differences
-from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train, compare_to_checkpoint
+from llmtrain.train.changes import Change, Changed, compare, sentences
+from llmtrain.train.check import CHECKPOINT_BYTES_PER_PARAM, check_train
 from llmtrain.train.collectives import keep_flight_record
 from llmtrain.train.config import Intent, Precision, TrainRoot
 from llmtrain.train.deadline import Deadline
@@ -93,6 +96,8 @@ class Start:
     """Whether the checkpoint was trained on other data, and the user said that is meant."""
     skipped: list[SkippedWindow]
     """Rows that the run passes over."""
+    changed: list[Changed]
+    """What a resume changes against the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,14 @@ def run_training(
         heartbeat, watchdog = _watch_ranks(cfg, folder, start, device, stack)
         data = _together(lambda: open_same(cfg.data, seed=cfg.run.seed, expected=start.data_hash))
         _together(lambda: _verify_share(cfg, data, rank=rank, world_size=world_size))
+        facts = determinism.facts(cfg.train.determinism, device)
+        _check_alike(cfg, facts, reader)
         serving = stack.enter_context(ExitStack())
         on_disk = 0 if reader is None else reader.step
         memory = _open_memory(cfg, folder)
         if memory is not None:
             reader = _newer_in_memory(cfg, folder, memory, reader, start, serving)
+            _check_alike(cfg, facts, reader)
         start_up.mark("checks")
 
         parallel = cfg.parallel
@@ -175,7 +183,7 @@ def run_training(
         if preflight is not None:
             _from_rank_0(lambda: preflight.write(folder.path / REPORT_NAME, attempt=start.attempt))
         stragglers = _straggler_report(cfg, heartbeat, stack)
-        run = Run(cfg, folder, device, data, engine, config_text, command)
+        run = Run(cfg, folder, device, data, engine, config_text, command, {"determinism": facts})
         recorder, ledger = _begin_attempt(run, start, progress, reader, stack)
         roll_call.on_leave = partial(_say_stopped, recorder, progress)
         if limit := deadline.describe():
@@ -202,6 +210,18 @@ def run_training(
             saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
 
         stack.push(roll_call.hold)
+        capsules = None
+        if rank == 0:
+            source = None if reader is None else str(reader.path)
+            capsules = Capsules(
+                cfg,
+                data,
+                attempt=start.attempt,
+                world_size=world_size,
+                config_text=config_text,
+                source=source,
+            )
+        stack.enter_context(kept(capsules, recorder))
         first: StartUp | None = start_up
         watch = _watch(cfg, reader, start.skipped)
         try:
@@ -222,11 +242,13 @@ def run_training(
                         first,
                         roll_call,
                         partial(_tell_spike, run, batches, start.attempt),
+                        capsules,
                         heartbeat,
                         stragglers,
                     )
                     break
                 except RollBackError as wish:
+                    keep(capsules, recorder, "spike", wish)
                     heartbeat.mark("start_up")
                     saver.finish()
                     if memory is not None:
@@ -317,6 +339,7 @@ def _begin_attempt(
                 "device": _device_name(run.device),
                 "from": source,
                 "from_manifest_sha256": reader and reader.manifest_hash,
+                "determinism": run.origin["determinism"],
             },
         )
         run_config = files.plain(cfg)
@@ -392,6 +415,8 @@ def _begin_attempt(
         device_peak_tflops=cfg.train.device_peak_tflops,
         device_peak_source=cfg.train.device_peak_source,
     )
+    if changed := [each.record() for each in start.changed if each.change is not Change.safe]:
+        recorder.event("config_changed", progress.step, changes=changed)
     if has_peak:
         log.info(
             "MFU counts %s FLOPs against %g TFLOP/s a device (%s)",
@@ -480,6 +505,15 @@ def _first_or(run: Run, chosen: str | None) -> CheckpointReader | None:
     return None if first is None else _open_alike(first)
 
 
+def _check_alike(cfg: TrainRoot, facts: dict[str, Any], reader: CheckpointReader | None) -> None:
+    """At train.determinism=bitwise: that all ranks, and the checkpoint, are of machines that are alike."""
+    everyones = cast(list[dict[str, Any]], _gather(facts))
+    before = None
+    if reader is not None and cfg.run.intent is not Intent.warm_start:
+        before = reader.state.get("determinism")
+    _from_rank_0(lambda: determinism.refuse_unlike(cfg.train.determinism, everyones, before))
+
+
 def _say_stopped(recorder: Recorder, progress: Progress, reason: str) -> None:
     """Before the first step is done, where nothing is to be saved."""
     recorder.event("stopped", progress.step, signal=reason)
@@ -508,6 +542,7 @@ def _decide(cfg: TrainRoot, folder: RunFolder, stack: ExitStack, *, world_size: 
         data_hash=found.data_hash,
         accepted_change=found.accepted_change,
         skipped=read_skipped(folder.path / SKIPPED_NAME),
+        changed=found.changed,
     )
 
 
@@ -559,15 +594,13 @@ def _newer_in_memory(
         if not is_left and snapshot.manifest_hash != last.get("from_manifest_sha256"):
             log.warning("not using %s: not the last attempt of %s left it", snapshot.path, folder.path)
             return False
-        problems, warnings = compare_to_checkpoint(cfg, snapshot)
-        if snapshot.state["data_hash"] != start.data_hash:
-            problems.append("it was trained on other data than data.folder and data.sources give now")
-        if problems:
+        changed = compare(cfg, step=snapshot.step, state=snapshot.state, data_hash=start.data_hash)
+        if problems := sentences(changed, Change.forbidden):
             raise ConfigError(
                 f"the snapshot in memory, {snapshot.path}, is newer than the disk, "
                 f"and {'; '.join(problems)}: set them back, or rm -r {memory.folder} to go on without it"
             )
-        for text in warnings:
+        for text in sentences(changed, Change.trajectory):
             log.warning("the snapshot in memory: %s", text)
         return True
 

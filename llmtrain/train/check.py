@@ -6,6 +6,7 @@ Each check adds a message; none stops the others, so that one look tells all.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,16 +21,16 @@ from llmtrain.data.manifest import verify as verify_files
 from llmtrain.errors import ConfigError, DataError, LLMTrainError
 from llmtrain.loader.config import ObjectiveKind
 from llmtrain.loader.open import OpenData, open_data
-from llmtrain.model.config import ModelConfig
 from llmtrain.model.size import num_params
 from llmtrain.parallel.compatibility import Layout, describe, explain, warnings
-from llmtrain.parallel.config import EngineKind
 from llmtrain.parallel.deepspeed_keys import check_extra
 from llmtrain.tracking.against_plan import against_plan
 from llmtrain.train.certificate import certificate_path, missing
-from llmtrain.train.config import Intent, TrainRoot
+from llmtrain.train.changes import DATA_HASH, FORBIDDEN, KEEPS_SHAPE, Change, Changed, compare, sentences
+from llmtrain.train.config import Determinism, Intent, TrainRoot
 from llmtrain.train.deepspeed_config import our_keys
 from llmtrain.train.run_folder import checkpoint_to_start_from, run_folder
+from llmtrain.train.unread import unread
 from llmtrain.units import format_bytes, format_count
 
 CHECKPOINT_BYTES_PER_PARAM = 12
@@ -38,46 +39,6 @@ CHECKPOINT_BYTES_PER_PARAM = 12
 VERIFY_CONTENT_BELOW_BYTES = 2 << 30
 """A check on a login node hashes shards up to this sum, about two seconds' worth; above it compares sizes
 only."""
-
-FIXED_BY_CHECKPOINT = ("model", "run.seed", "data.seq_len")
-"""Settings that a resume may not change: the weights' shapes, and the order of the rows."""
-
-FREE_AT_RESUME = (
-    "check_only",
-    "run.intent",
-    "run.fallback",
-    "run.folder",
-    "run.name",
-    "run.plan",
-    "run.init_from",
-    "data.folder",
-    "data.sources",
-    "data.stages",
-    "data.on_exhausted",
-    "data.block_rows",
-    "data.locality",
-    "data.packing",
-    "data.objective",
-    "data.max_epochs",
-    "data.verify",
-    "data.prefetch_steps",
-    "data.accept_changed",
-    "tracking",
-    "verify",
-    "parallel",
-    "train.micro_batch_rows",
-    "train.recompute_every",
-    "train.recompute",
-    "save",
-    "train.eval_every_steps",
-    "train.eval_rows",
-    "train.process_group_timeout_s",
-    "train.start_up_silence_s",
-    "train.device_peak_tflops",
-    "train.device_peak_source",
-)
-"""Settings that do not enter the losses of the steps to come, or that the hash of the data answers for. Any
-other change is allowed, and reported."""
 
 
 @dataclass
@@ -91,27 +52,41 @@ class Findings:
     """OpenData.hash; empty when the data could not be opened."""
     checkpoint: Place | None = None
     """Where the run would start from; None for fresh weights."""
-    accepted_change: bool = False
-    """Whether a resume would go on with other data, as the user asked."""
+    changed: list[Changed] = field(default_factory=list)
+    """What a resume would change against its checkpoint."""
+
+    @property
+    def accepted_change(self) -> bool:
+        """Whether a resume would go on with other data, as the user asked."""
+        return any(each.name == DATA_HASH and each.change is Change.trajectory for each in self.changed)
 
     def raise_if_any(self) -> None:
         if self.problems:
             raise ConfigError("\n       ".join(self.problems))
 
 
-def check_train(cfg: TrainRoot, *, world_size: int | None, device: str | None = None) -> Findings:
+def check_train(
+    cfg: TrainRoot, *, world_size: int | None, device: str | None = None, given: Collection[str] = ()
+) -> Findings:
     """Check `cfg` against itself, the data folder, the run folder and the disk.
 
     Args:
         world_size: ranks that are there; None on a login node, where parallel.world_size speaks for them.
         device: "cpu" or "cuda"; None on a login node.
+        given: names of the settings on the command line, for those that nothing reads.
     """
     found = Findings()
+    found.problems += unread(cfg, given)
     _check_layout(cfg, world_size, device, found)
     _check_positions(cfg, found)
+    if cfg.train.compile_blocks and cfg.train.determinism is Determinism.bitwise:
+        found.problems.append(
+            "train.compile_blocks=true with train.determinism=bitwise: the compiler may choose other kernels "
+            "at the next start; set one of them back"
+        )
     _check_schedule(cfg, found)
     data = _check_data(cfg, found)
-    _check_start(cfg, data, found)
+    _check_start(cfg, data, world_size, found)
     _check_disk(cfg, found)
     _check_host_memory(cfg, world_size, found)
     _check_certificate(cfg, world_size or cfg.parallel.world_size, found)
@@ -159,8 +134,6 @@ def _check_layout(cfg: TrainRoot, world_size: int | None, device: str | None, fo
     broken = explain(layout, ranks)
     found.problems += broken
     found.problems += check_extra(parallel.deepspeed, our_keys(cfg.train, parallel))
-    if parallel.deepspeed and parallel.engine is not EngineKind.deepspeed:
-        found.warnings.append(f"parallel.deepspeed has no effect with parallel.engine={parallel.engine.name}")
     if ranks is None:
         found.facts.append("ranks: not known here; give parallel.world_size to check the batch against them")
     if ranks is None or broken:
@@ -276,7 +249,7 @@ def _check_folder(cfg: TrainRoot, folder: Path, found: Findings) -> None:
         raise DataError(f"the held-out split in {folder} has no rows; raise its share in `llmtrain data`")
 
 
-def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings) -> None:
+def _check_start(cfg: TrainRoot, data: OpenData | None, num_ranks: int | None, found: Findings) -> None:
     if cfg.run.plan is not None:
         try:
             plan = against_plan(Path(cfg.run.plan), files.plain(cfg))
@@ -298,47 +271,33 @@ def _check_start(cfg: TrainRoot, data: OpenData | None, found: Findings) -> None
         _check_warm_start(cfg, data, reader, found)
         return
     found.facts.append(f"start: step {reader.step} from {path}")
-    fixed, changed = compare_to_checkpoint(cfg, reader)
-    found.problems.extend(fixed)
-    found.warnings.extend(changed)
-    if data is None or reader.state["config"]["data"]["seq_len"] != cfg.data.seq_len:
-        return  # said above
-    now, then = data.hash, reader.state.get("data_hash", "none: an older llmtrain wrote it")
-    if now == then:
-        return
-    where = ", ".join(map(str, data.folders.values()))
-    told = (
-        f"the data in {where} is not what step {reader.step} was trained on, or it comes in another order "
-        f"(hash {now[:12]}, checkpoint {then[:12]})"
+    found.changed = compare(
+        cfg,
+        step=reader.step,
+        state=reader.state,
+        data_hash=None if data is None else data.hash,
+        num_ranks=num_ranks or cfg.parallel.world_size,
     )
-    if cfg.data.accept_changed:
-        found.accepted_change = True
-        found.warnings.append(
-            f"{told}; data.accept_changed=true: going on at row {reader.state['position']:,}"
-        )
-    else:
-        found.problems.append(
-            f"{told}; point data.folder at the old data, set data.accept_changed=true to go on with what is "
-            "there now, or use run.intent=warm_start to begin anew with these weights"
-        )
+    found.problems += sentences(found.changed, Change.forbidden)
+    found.warnings += sentences(found.changed, Change.trajectory)
+    found.facts += sentences(found.changed, Change.layout)
+    if safe := [each for each in found.changed if each.change is Change.safe and each.name != "check_only"]:
+        told = ", ".join(f"{each.name} {each.old} -> {each.new}" for each in safe)
+        found.facts.append(f"changed, and no number of the training with it: {told}")
 
 
 def _check_warm_start(
     cfg: TrainRoot, data: OpenData | None, reader: CheckpointReader, found: Findings
 ) -> None:
-    old = files.flatten(files.plain(ModelConfig(**reader.state["config"]["model"])))
-    new = files.flatten(files.plain(cfg.model))
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if before == after or name == "init_std":
-            continue
-        if name in ("rope_theta", "norm_eps"):
-            found.warnings.append(f"warm start with model.{name}={after}, trained with {before}")
-        else:
+    changed = compare(cfg, step=reader.step, state=reader.state, data_hash=None)
+    for each in (each for each in changed if each.name.startswith("model.")):
+        if FORBIDDEN[each.name] is KEEPS_SHAPE:
             found.problems.append(
-                f"model.{name}={after}, but the checkpoint of run.init_from has {before}; a warm start keeps "
-                f"the model's shape"
+                f"{each.name}={each.new}, but the checkpoint of run.init_from has {each.old}; a warm start "
+                "keeps the model's shape"
             )
+        elif each.name != "model.init_std":  # it was read long ago
+            found.warnings.append(f"warm start with {each.name}={each.new}, trained with {each.old}")
     then = reader.state["tokenizer_fingerprint"]
     if data is not None and (now := data.manifest.tokenizer.fingerprint) != then:
         where = ", ".join(map(str, data.folders.values()))
@@ -347,25 +306,6 @@ def _check_warm_start(
             f"run.init_from was trained with ({then[:12]}): its weights would read other words; make the "
             f"data with tokenizer.path set to the old one"
         )
-
-
-def compare_to_checkpoint(cfg: TrainRoot, reader: CheckpointReader) -> tuple[list[str], list[str]]:
-    """(changes that a resume refuses, changes that it allows and reports), each a sentence."""
-    old, new = files.flatten(reader.state["config"]), files.flatten(files.plain(cfg))
-    fixed, changed = [], []
-    for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
-        if before == after or _under(name, FREE_AT_RESUME):
-            continue
-        if _under(name, FIXED_BY_CHECKPOINT):
-            fixed.append(
-                f"{name}={after}, but step {reader.step} was trained with {before}; a resume cannot change it"
-            )
-        else:
-            changed.append(
-                f"resuming with {name}={after}, which was {before}: losses from here on may differ"
-            )
-    return fixed, changed
 
 
 def _check_disk(cfg: TrainRoot, found: Findings) -> None:
@@ -442,7 +382,3 @@ def _check_certificate(cfg: TrainRoot, num_ranks: int | None, found: Findings) -
         found.problems.append(f"{told}, or set verify.required=false")
     else:
         found.warnings.append(told)
-
-
-def _under(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)

@@ -52,6 +52,21 @@ class Recompute(Enum):
     section 5)."""
 
 
+class Determinism(Enum):
+    """How far two runs of one config agree, on one layout, one kind of machine and one set of versions. What
+    each level sets is in train/determinism.py, what it costs in docs/determinism.md."""
+
+    fast = "fast"
+    """Kernels are chosen for speed: nothing is promised beyond the same rows, weights and masks at the
+    start."""
+    reproducible = "reproducible"
+    """Operations add in a fixed order, and one that cannot is an error: the same bits, if nobody changes the
+    number of threads or how NCCL talks."""
+    bitwise = "bitwise"
+    """These are fixed too, and a resume that could not have the same bits is refused: on another layout,
+    machine, number of threads or version."""
+
+
 class ScheduleKind(Enum):
     """The learning rate after warm-up."""
 
@@ -147,6 +162,8 @@ class TrainConfig:
     compile_blocks: bool = False
     """Whether to compile each block with torch.compile: minutes at the start, faster steps on GPUs. Changes
     the order of sums, so losses differ in the last digits."""
+    determinism: Determinism = Determinism.fast
+    """How far a run repeats itself to the last bit."""
     dropout: float = 0.0
     """Share of the embedding's elements, and of those that each layer adds, that are zeroed in training
     (GPT-2: 0.1). The mask is the same in every layout and after every restart."""

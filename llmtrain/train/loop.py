@@ -21,8 +21,10 @@ from llmtrain.loader.ledger import LedgerWriter
 from llmtrain.loader.open import MixedRows
 from llmtrain.model.size import flops_per_token
 from llmtrain.tracking.recorder import Recorder
+from llmtrain.train.capsule import Capsules
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.deadline import Deadline
+from llmtrain.train.determinism import named_errors
 from llmtrain.train.engine import Engine, StepResult
 from llmtrain.train.heartbeat import Heartbeat
 from llmtrain.train.ranks import agree
@@ -121,6 +123,7 @@ def train(
     start_up: StartUp | None,
     roll_call: RollCall,
     tell_spike: TellSpike,
+    capsules: Capsules | None,
     heartbeat: Heartbeat,
     stragglers: StragglerReport | None,
 ) -> bool:
@@ -136,6 +139,7 @@ def train(
         stragglers: Of rank 0, where there are others.
         start_up: None where the ranks have taken steps before, and went back.
         tell_spike: notes whose documents a step had that is not like the ones before.
+        capsules: what rank 0 tells of each step, for a capsule of one that fails; None on the others.
 
     Raises:
         DivergedError: a loss or gradient norm that is not finite, or a spike, where that is to end the run.
@@ -164,6 +168,8 @@ def train(
         step_tokens = rows_per_step * seq_len
         heartbeat.begin_step(progress.step + 1, position=first, num_rows=rows_per_step)
         longest_save_s = max(longest_save_s, _record_saved(saver, recorder))
+        if capsules is not None:
+            capsules.begin_step(progress.step + 1, positions=batches.positions(first, last))
         failure, data = _kept_failure(recorder, ledger, saver), StepBatches([], 0)
         try:
             data = batches.step(progress.position, give_up=deadline.is_due)
@@ -189,7 +195,14 @@ def train(
         if any(progress.position <= start <= last for start in stage_starts):
             watch.begin_again()
         judge = StepJudge(watch, progress.step + 1, first, last)
-        result = engine.train_step(data.micro_batches, lr=lr, judge=judge if watch.cfg.withholds else None)
+        if capsules is not None:
+            capsules.note(lr=lr)
+        with named_errors(cfg.train.determinism):
+            result = engine.train_step(
+                data.micro_batches, lr=lr, judge=judge if watch.cfg.withholds else None
+            )
+        if capsules is not None:
+            capsules.note(loss=result.loss, grad_norm=result.grad_norm)
         if judge.verdict is None and not result.is_skipped:
             judge(result.loss, result.grad_norm)
         heartbeat.mark("record")
@@ -210,6 +223,8 @@ def train(
         elif judge.verdict is not None and judge.verdict.reason:
             tell_spike(judge.verdict, step=progress.step + 1, first=first, last=last, lr=lr)
             _obey(judge.verdict, recorder, result, step=progress.step + 1, first=first, last=last, lr=lr)
+        if capsules is not None:
+            capsules.end_step()
         progress.step += 1
         progress.position = last + 1
         step_s = time.perf_counter() - step_start
@@ -252,6 +267,8 @@ def train(
         elif saver.has_memory and _due(progress.step, cfg.save.memory_every_steps):
             _save(save, engine, progress, recorder, ledger, saver, eval_loss, in_memory=True)
     heartbeat.mark("leave")
+    if capsules is not None:
+        capsules.end_step()
     if last_saved < progress.step:
         saver.finish()
         longest_save_s = max(longest_save_s, _record_saved(saver, recorder))

@@ -124,10 +124,10 @@ def test_a_kill_is_an_incident_and_so_is_a_resume(folder):
 
 def test_an_event_that_nobody_planned_for_is_shown_with_what_it_carries(folder):
     with MetricsFile(folder / "metrics.jsonl", attempt=2) as metrics:
-        metrics.write("event", 20, what="spike", z=9.25, rows=[3, 4], text="<b>&", time=1e9 + 196)
+        metrics.write("event", 20, what="new_here", z=9.25, rows=[3, 4], text="<b>&", time=1e9 + 196)
     run = read_run(folder)
     last = operations_of(run).incidents[-1]
-    assert (last.title, last.level) == ("spike", "warn")
+    assert (last.title, last.level) == ("new here", "warn")
     assert last.details == "z=9.25 · rows=[3, 4] · text=<b>&"
     page = render(run)
     assert "text=&lt;b&gt;&amp;" in page

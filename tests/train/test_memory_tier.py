@@ -26,6 +26,7 @@ from llmtrain.checkpoint.saver import Saver
 from llmtrain.checkpoint.write import ALONE, save_checkpoint
 from llmtrain.errors import EXIT_FAILED, CheckpointError
 from llmtrain.tracking.metrics import read_lines
+from llmtrain.train.deadline import EXIT_AGAIN
 from llmtrain.train.memory_tier import MemoryTier, folder_in
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def reference(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathF
     run = launcher.start(arguments, num_ranks=2)
     wait_for(lambda: len(losses(folder, 1)) > 60)
     run.processes[0].terminate()
-    assert run.wait() == 0, run.text()
+    assert run.wait() == EXIT_AGAIN, run.text()
     return losses(folder, 1)
 
 
