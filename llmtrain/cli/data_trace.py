@@ -28,11 +28,16 @@ class TraceRoot(TraceConfig):
     """Only what this data-parallel rank read; null: all ranks."""
     micro_batch: int | None = None
     """Only this micro batch of each rank, from 0; null: all of them."""
+    position: int | None = None
+    """A row that the step took: after a rollback there are two steps of one number; null: the last one."""
+    attempt: int | None = None
+    """The attempt that did it; null: the last one that did."""
 
     def __post_init__(self) -> None:
         if self.run is None:
-            if (self.step, self.rank, self.micro_batch) != (None, None, None):
-                raise ConfigError("step, rank and micro_batch belong to a run; give run=RUN_FOLDER")
+            of_runs = ("step", "rank", "micro_batch", "position", "attempt")
+            if any(getattr(self, name) is not None for name in of_runs):
+                raise ConfigError(f"{', '.join(of_runs)} belong to a run; give run=RUN_FOLDER")
             super().__post_init__()
         elif self.step is None or self.step < 1:
             raise ConfigError(f"step={self.step} with run={self.run}: steps of a run count from 1")
@@ -68,7 +73,14 @@ def show_step(cfg: TraceRoot) -> None:
     assert cfg.run is not None, "the caller looked"
     assert cfg.step is not None, "checked by TraceRoot"
     past = past_run(Path(cfg.run))
-    rows = traced(past, past.rows_of(cfg.step, rank=cfg.rank, micro_batch=cfg.micro_batch))
+    found = past.rows_of(
+        cfg.step,
+        rank=cfg.rank,
+        micro_batch=cfg.micro_batch,
+        position=cfg.position,
+        attempt=cfg.attempt,
+    )
+    rows = traced(past, found)
     if cfg.format is OutputFormat.json:
         print(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1))
         return

@@ -69,6 +69,8 @@ class Attempt:
     """Of all that decides rows and their order but the seed."""
     accepted_change: bool = False
     """Whether the user said that other data than before is meant."""
+    dp_size: int | None = None
+    """Ranks that read other rows than each other; None: of an older version, which did not note it."""
     part: int = 0
     """Rollbacks of this attempt before."""
     skipped: list[list[int]] = field(default_factory=list)

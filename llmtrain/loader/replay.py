@@ -87,10 +87,11 @@ class PastRun:
         """
         step, start = self.step(number, position=position, attempt=attempt)
         positions = self.positions_of(step)
-        per_rank = len(positions) // start.world_size
+        num_ranks = start.dp_size or start.world_size
+        per_rank = len(positions) // num_ranks
         num_micro = per_rank // start.micro_batch_rows
-        if rank is not None and not 0 <= rank < start.world_size:
-            raise DataError(f"rank={rank}: step {number} was done by ranks 0 to {start.world_size - 1}")
+        if rank is not None and not 0 <= rank < num_ranks:
+            raise DataError(f"rank={rank}: step {number} was done by ranks 0 to {num_ranks - 1}")
         if micro_batch is not None and not 0 <= micro_batch < num_micro:
             raise DataError(
                 f"micro_batch={micro_batch}: in step {number} each rank had micro batches 0 to "

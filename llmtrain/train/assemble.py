@@ -222,6 +222,8 @@ def run_training(
                 source=source,
             )
         stack.enter_context(kept(capsules, recorder))
+        if watchdog is not None:
+            watchdog.on_verdict = partial(keep, capsules, recorder, "hang")
         first: StartUp | None = start_up
         watch = _watch(cfg, reader, start.skipped)
         try:
@@ -386,6 +388,7 @@ def _begin_attempt(
                 sizes=list(sizes.sizes),
                 data_hash=start.data_hash,
                 accepted_change=start.accepted_change,
+                dp_size=run.engine.placement.groups.dp.size,
                 skipped=[[each.first, each.last] for each in start.skipped],
             ),
         )

@@ -22,7 +22,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -117,6 +117,8 @@ class Watchdog:
         self.heartbeat, self.limits = heartbeat, limits
         self.folder, self.hangs, self.metrics = heartbeat.folder, run_folder / "hangs", metrics
         self.backend = backend
+        self.on_verdict: Callable[[str], None] = lambda sentence: None
+        """Called on the rank that judged, when all know."""
         self._links = links_up()
         self._listener = _listen()
         if self._listener is not None:
@@ -314,6 +316,7 @@ class Watchdog:
         if self.heartbeat.world_size > 1:
             self._write_note(VERDICT, sentence=verdict.sentence, kill=dead_hands)
         kill_here(dead_hands)
+        self.on_verdict(verdict.sentence)
 
     def _wait_for_verdict(self) -> bool:
         """Whether another rank has judged in time."""

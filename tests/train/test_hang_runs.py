@@ -61,6 +61,8 @@ def test_a_rank_that_stops_or_dies_is_named_and_the_run_goes_on_at_the_next_star
     event = [line for line in read_lines(folder / "metrics.jsonl") if line.get("what") == "hang"][-1]
     assert told(event).level == "bad"
     assert odd["reason"] in told(event).details
+    (capsule,) = folder.glob("capsules/*")
+    assert capsule.name == f"step-{odd['step']:08d}-attempt-1.tar.zst"
     saved = saved_step(folder)
     status, text = launcher.run([*arguments, f"train.total_tokens={(saved + 4) * 256}"], num_ranks=2)
     assert status == 0, text

@@ -136,7 +136,7 @@ def test_a_step_is_shown_as_text(run: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"step": 3}, "step, rank and micro_batch belong to a run"),
+        ({"step": 3}, "step, rank, micro_batch, position, attempt belong to a run"),
         ({"run": "x"}, "step=None with run=x: steps of a run count from 1"),
         ({"run": "x", "step": 0}, "step=0 with run=x"),
         ({"run": "x", "step": 1, "row": 3}, "row: a place in the data, and run=x is a step of a run"),
