@@ -144,9 +144,8 @@ def save(*, entity: str | None, project: str) -> Saved:
     Raises:
         LLMTrainError: no key, no such project, or a server that does not take it.
     """
-    import wandb_workspaces.workspaces as ws  # noqa: PLC0415
-
     import wandb  # noqa: PLC0415
+    import wandb_workspaces.workspaces as ws  # noqa: PLC0415
 
     if not os.environ.get("WANDB_API_KEY"):
         raise LLMTrainError(
