@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -93,6 +93,10 @@ class Order(Protocol):
 
     def rows_at(self, positions: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int64]: ...
 
+    def taken(self, position: int, passed_over: Iterable[tuple[int, int]] = ()) -> dict[str, int]: ...
+
+    def asked_at(self, position: int) -> dict[str, float]: ...
+
 
 class RowReader(Protocol):
     """What reads rows."""
@@ -160,6 +164,14 @@ class Batches:
         `position`. Where rows are passed over, fewer than all between them are the step's."""
         spans = self._passed_over.step_spans(position, self.sizes)
         return spans[0][0], spans[-1][1]
+
+    def shares(self, position: int) -> dict[str, tuple[float, float]]:
+        """By source, when a run stands at `position`: share of the rows that it has given so far, and the
+        share that is asked of it from there on."""
+        taken = self.order.taken(position, self._passed_over.ranges)
+        total = max(1, sum(taken.values()))
+        asked = self.order.asked_at(position)
+        return {name: (count / total, asked[name]) for name, count in taken.items()}
 
     def positions(self, first: int, last: int) -> npt.NDArray[np.int64]:
         """Of all rows of the step that takes `first` to `last`."""

@@ -9,7 +9,7 @@ by the block. So any position costs the same, O(sources), and nothing is stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -154,6 +154,34 @@ class Mixture:
             source.name: before + count
             for source, before, count in zip(self.sources, part.before, counts, strict=True)
         }
+
+    def asked_at(self, position: int) -> dict[str, float]:
+        """Share of the rows from `position` on that each source is to have, until weights change."""
+        weights = _shares(self._part_at(position).weights)
+        return {source.name: float(share) for source, share in zip(self.sources, weights, strict=True)}
+
+    def taken(self, position: int, passed_over: Iterable[tuple[int, int]] = ()) -> dict[str, int]:
+        """Rows of each source that a run which stands at `position` has taken.
+
+        Args:
+            passed_over: [first, last] of positions that it did not take.
+        """
+        part = self._part_at(max(0, position - 1))
+        begin = position - (position - part.first) % self.block_rows  # up to here counts are exact
+        counts = self.rows_by_source(begin)
+        ranges = [(begin, position, 1)]
+        ranges += [(first, min(last + 1, max(first, position)), -1) for first, last in passed_over]
+        for first, end, sign in ranges:
+            owners, _ = self.locate(np.arange(first, end))
+            for name, count in zip(
+                self.names, np.bincount(owners, minlength=len(self.sources)).tolist(), strict=True
+            ):
+                counts[name] += sign * count
+        return counts
+
+    @property
+    def names(self) -> list[str]:
+        return [source.name for source in self.sources]
 
     def _in_block(self, part_number: int, block: int, positions: Int64) -> tuple[Int64, Int64]:
         part = self._parts[part_number]

@@ -25,7 +25,14 @@ class Chart:
 
     title: str
     names: tuple[str, ...]
+    """Of docs/wandb.md's table; one with a star stands for all that begin like it."""
     x: str = "tokens"
+
+    @property
+    def regex(self) -> str | None:
+        """For names with a star, which the chart finds by itself."""
+        starred = [name.replace("*", ".*") for name in self.names if name.endswith("*")]
+        return "|".join(starred) or None
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,10 @@ SECTIONS: dict[str, list[Chart | Table]] = {
         Chart("step time, and waiting for data in it (s)", ("train/step_s", "train/data_wait_s"), "step"),
     ],
     "Memory": [Chart("peak memory of rank 0 (GiB)", ("train/mem_gib",), "step")],
-    "Data": [Chart("valid targets of a step (targets)", ("train/num_valid",), "step")],
+    "Data": [
+        Chart("data mixture so far, and as asked now (share)", ("mixture/share_*", "mixture/asked_*")),
+        Chart("valid targets of a step (targets)", ("train/num_valid",), "step"),
+    ],
     "Gradients": [Chart("gradient norm before clipping", ("train/grad_norm",))],
     "Stragglers": [
         Chart(
@@ -110,6 +120,8 @@ def workspace_of(entity: str, project: str) -> Any:
     def panel(item: Chart | Table) -> Any:
         if isinstance(item, Table):
             return wr.WeavePanelSummaryTable(table_name=item.name)
+        if item.regex is not None:
+            return wr.LinePlot(title=item.title, x=item.x, metric_regex=item.regex)
         return wr.LinePlot(title=item.title, x=item.x, y=list(item.names))
 
     return ws.Workspace(

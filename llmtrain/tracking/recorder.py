@@ -35,7 +35,7 @@ class Recorder(Protocol):
 
     def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None: ...
 
-    def ranks(self, step: int, **fields: object) -> None: ...
+    def record(self, kind: str, step: int, **fields: object) -> None: ...
 
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
@@ -51,7 +51,7 @@ class SilentRecorder:
 
     def checkpoint(self, step: int, *, save_s: float, wait_s: float, copy_s: float) -> None: ...
 
-    def ranks(self, step: int, **fields: object) -> None: ...
+    def record(self, kind: str, step: int, **fields: object) -> None: ...
 
     def event(self, what: str, step: int, **fields: object) -> None: ...
 
@@ -163,8 +163,8 @@ class RunRecorder:
             f"step {step}: checkpoint saved in {save_s:.2f} s, for {stall_s:.2f} s of which training waited"
         )
 
-    def ranks(self, step: int, **fields: object) -> None:
-        self._write("ranks", step, fields)
+    def record(self, kind: str, step: int, **fields: object) -> None:
+        self._write(kind, step, fields)
 
     def event(self, what: str, step: int, **fields: object) -> None:
         self._write("event", step, {"what": what, **fields})

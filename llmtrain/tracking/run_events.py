@@ -43,6 +43,8 @@ LEVELS = {
 """Events of any other kind are something that went wrong, and the run went on: warn."""
 ROUTINE = {"start", "first_step", "replayed", "snapshot", "wandb"}
 """Events of every run, of which a list of incidents says nothing."""
+KINDS = {"ranks": "ranks compared", "mixture": "data mixture"}
+"""Records that are no events."""
 OWN_FIELDS = {"kind", "step", "attempt", "time", "what"}
 MAX_DETAIL = 300
 """Characters; an error may carry a page."""
@@ -73,8 +75,8 @@ def told(record: Mapping[str, Any]) -> Told:
         ratio = record.get("step_s_over_plan")
         shown = f"a step takes {ratio:.2f} of the plan's" if isinstance(ratio, int | float) else ""
         return Told(level="info", title="held against the plan", details=shown)
-    if record["kind"] == "ranks":
-        return Told(level="info", title="ranks compared", details=fields_of(record))
+    if record["kind"] in KINDS:
+        return Told(level="info", title=KINDS[record["kind"]], details=fields_of(record))
     what = str(record.get("what", "an event without a name"))
     details = {
         "resume": lambda: f"from {record['source']}" if "source" in record else "",

@@ -32,7 +32,14 @@ SESSION_START = 1
 CRC_POLYNOMIAL = 0x82F63B78
 """CRC-32C, reflected (RFC 3720, section 12.1)."""
 CRC_MASK = 0xA282EAD8
-GROUPS = {"step": "train", "eval": "eval", "checkpoint": "checkpoint", "plan": "plan", "ranks": "ranks"}
+GROUPS = {
+    "step": "train",
+    "eval": "eval",
+    "checkpoint": "checkpoint",
+    "plan": "plan",
+    "ranks": "ranks",
+    "mixture": "mixture",
+}
 """Kind of record to the group that its numbers are shown in."""
 NO_CURVES = {"step", "attempt", "time", "tokens", "position"}
 """Numbers that say where a record is, not how the run does."""

@@ -253,6 +253,8 @@ def train(
             recorder.event("first_step", progress.step, start_up_s=start_up.seconds())
         if stragglers is not None:
             _report_stragglers(cfg, stragglers, progress, recorder)
+        if _due(progress.step, cfg.tracking.log_every_steps):
+            _tell_mixture(batches, progress, recorder)
         done = is_over()
         eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):
@@ -337,9 +339,18 @@ def _report_stragglers(
     if _due(progress.step, cfg.tracking.log_every_steps):
         stragglers.look()
     if found := stragglers.take():
-        recorder.ranks(progress.step, **found[0])
+        recorder.record("ranks", progress.step, **found[0])
         for each in found[1]:
             recorder.event("straggler", progress.step, **vars(each))
+
+
+def _tell_mixture(batches: Batches, progress: Progress, recorder: Recorder) -> None:
+    """Of several sources: the share of rows that each has given so far, and what is asked of it now."""
+    shares = batches.shares(progress.position)
+    if len(shares) > 1:
+        fields = {f"share_{name}": taken for name, (taken, _) in shares.items()}
+        fields |= {f"asked_{name}": asked for name, (_, asked) in shares.items()}
+        recorder.record("mixture", progress.step, **fields)
 
 
 def _all_have_time(engine: Engine, deadline: Deadline, save_s: float) -> bool:

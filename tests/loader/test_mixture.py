@@ -221,3 +221,17 @@ def test_a_window_reads_few_groups_and_mixes_them() -> None:
     again = rows_at(10_000 + np.arange(10_000), num_rows=10_000, seed=1, pack_hash="h", locality=locality)
     assert (rows == again).sum() < 30
     assert not set(rows[-100:].tolist()) & set(again[-100:].tolist())
+
+
+@pytest.mark.parametrize("position", [0, 1, 100, 777])
+def test_what_was_taken_is_counted_without_what_was_passed_over(position: int) -> None:
+    order = mixture([(0, {"web": 3, "code": 1}), (300, {"code": 1, "math": 1})])
+    passed_over = [(10, 49), (290, 320), (770, 780)]
+    owners, _ = order.locate(np.arange(max(1, position)))
+    kept = [at for at in range(position) if not any(first <= at <= last for first, last in passed_over)]
+    expected = {
+        name: int((owners[kept] == number).sum()) if kept else 0 for number, name in enumerate(order.names)
+    }
+    assert order.taken(position, passed_over) == expected
+    asked = {"web": 0.75, "code": 0.25} if position < 300 else {"code": 0.5, "math": 0.5}
+    assert order.asked_at(position) == {"web": 0.0, "code": 0.0, "math": 0.0} | asked

@@ -11,7 +11,7 @@ PATH = Path(__file__).parents[2] / "docs/wandb.md"
 
 @functools.cache
 def names() -> dict[str, str]:
-    """Name to unit. `events/*` stands for every kind of event."""
+    """Name to unit. A star stands for every ending: `events/*` for every kind of event."""
     found: dict[str, str] = {}
     text = PATH.read_text(encoding="utf-8").partition("## What is logged")[2].partition("\n## ")[0]
     for line in text.splitlines():
@@ -26,4 +26,5 @@ def names() -> dict[str, str]:
 
 def unit_of(name: str) -> str:
     """KeyError for a name that is not logged."""
-    return names()["events/*" if name.startswith("events/") else name]
+    starred = [known for known in names() if known.endswith("*") and name.startswith(known[:-1])]
+    return names()[starred[0] if starred else name]

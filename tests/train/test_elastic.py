@@ -121,6 +121,15 @@ def same_run(folder: Path, whole: Path) -> None:
     np.testing.assert_allclose(losses[0], losses[1], rtol=2e-5)  # other sums over ranks
 
 
+def test_the_mixture_is_told_as_it_came_out_and_as_it_was_asked(uninterrupted: Path) -> None:
+    told = [line for line in read_metrics(uninterrupted / "metrics.jsonl") if line["kind"] == "mixture"]
+    assert [line["step"] for line in told] == [10, 20]
+    assert [line["asked_web"] for line in told] == [0.75, 0.5]
+    for line in told:
+        assert line["share_web"] + line["share_books"] == pytest.approx(1)
+        assert line["share_web"] == pytest.approx(0.7, abs=0.1)  # on the way from 0.75 to 0.5
+
+
 def test_a_killed_run_on_4_then_2_then_3_ranks_is_the_run_on_one(
     launcher: Launcher, sources: dict[str, Path], uninterrupted: Path, tmp_path: Path
 ) -> None:
