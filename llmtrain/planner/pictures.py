@@ -140,6 +140,10 @@ def number(value: float) -> str:
     return f"{value:.6g}"
 
 
+FRAME = 8.0
+"""Pixels that every picture has right of its axis, at least."""
+
+
 def _x_axis(axis: Axis, y: float, unit: str, *, grid_to: float) -> Iterator[str]:
     """Line, ticks with faint lines up to `grid_to`, and the unit under them."""
     yield line(axis.begin, y, axis.end, y, "axis")
@@ -147,7 +151,9 @@ def _x_axis(axis: Axis, y: float, unit: str, *, grid_to: float) -> Iterator[str]
         x = axis.at(tick)
         yield line(x, grid_to, x, y, "grid")
         yield line(x, y, x, y + 4, "axis")
-        yield text(x, y + 17, number(tick), "tick", "middle")
+        words = number(tick)  # the last one stays inside the frame
+        middle = min(x, axis.end + FRAME - width_of(words) / 2)
+        yield text(middle, y + 17, words, "tick", "middle")
     yield text(axis.end, y + 32, unit, "unit", "end")
 
 

@@ -86,7 +86,7 @@ def told(record: Mapping[str, Any]) -> Told:
         "wandb": lambda: str(record.get("text", "")),
         "config_changed": lambda: _config_changed(record),
         "stopped": lambda: f"by {record.get('signal', 'a signal')}",
-        "spike": lambda: f"{record.get('action')}: {record.get('reason')}",
+        "spike": lambda: _spike(record),
         "rolled_back": lambda: f"after step {record['step']}: {record.get('reason', '')}",
         "failed": lambda: str(record.get("error", "no reason recorded")),
         "hang": lambda: str(record.get("error", "no reason recorded")),
@@ -127,6 +127,12 @@ def start_up_s(record: Mapping[str, Any]) -> float | None:
 def _start_up(record: Mapping[str, Any]) -> str:
     total = start_up_s(record)
     return f"{format_duration(total)} after the launch" if total is not None else ""
+
+
+def _spike(record: Mapping[str, Any]) -> str:
+    if "reason" not in record:
+        return fields_of(record)
+    return f"{record.get('action', '?')}: {record['reason']}"
 
 
 def _replayed(record: Mapping[str, Any]) -> str:

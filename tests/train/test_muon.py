@@ -248,7 +248,7 @@ def test_a_run_learns_and_resumes_bit_for_bit(launcher: Launcher, data: Path, tm
 
     status, text = launcher.run([*arguments, "optimizer.kind=adamw", "run.intent=resume"])
     assert status == EXIT_FAILED, text
-    assert "exp_avg blocks.0.attention.wq.weight is missing" in text
+    assert "the checkpoint has the state of the other optimizer" in text
     status, text = launcher.run([*arguments, "run.intent=resume"])
     assert status == 0, text
     assert "step 4, 32 rows consumed" in text
