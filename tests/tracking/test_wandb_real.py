@@ -83,9 +83,17 @@ def run_files(folder):
 
 
 def sync(paths, server, home):
-    command = [str(WANDB), "sync", "--yes", "--include-online", *map(str, paths)]
+    command = [
+        str(WANDB),
+        "sync",
+        "--yes",
+        "--include-online",
+        *(str(Path(path).absolute()) for path in paths),
+    ]
     environment = os.environ | server.environment | {"HOME": str(home)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False, cwd=home
+    )
     assert done.returncode == 0, done.stderr
 
 
