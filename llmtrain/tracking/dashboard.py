@@ -70,12 +70,28 @@ SECTIONS: dict[str, list[Chart | Table]] = {
         Chart("MFU, causal: half the attention square counts (share of peak)", ("train/mfu",), "step"),
         Chart("step time, and waiting for data in it (s)", ("train/step_s", "train/data_wait_s"), "step"),
     ],
-    "Memory": [Chart("peak memory of rank 0 (GiB)", ("train/mem_gib",), "step")],
+    "Memory": [
+        Chart("peak memory of rank 0 (GiB)", ("train/mem_gib",), "step"),
+        Chart(
+            "memory of rank 0 by component (GiB)",
+            ("memory/weights_gib", "memory/gradients_gib", "memory/optimizer_gib", "memory/rest_gib"),
+            "step",
+        ),
+    ],
     "Data": [
         Chart("data mixture so far, and as asked now (share)", ("mixture/share_*", "mixture/asked_*")),
         Chart("valid targets of a step (targets)", ("train/num_valid",), "step"),
     ],
-    "Gradients": [Chart("gradient norm before clipping", ("train/grad_norm",))],
+    "Gradients": [
+        Chart("gradient norm before clipping", ("train/grad_norm",)),
+        Chart(
+            "gradient norm by layer group before clipping",
+            (
+                *("grads/embedding", "grads/attention", "grads/mlp", "grads/norm", "grads/head"),
+                *("grads/blocks_first", "grads/blocks_middle", "grads/blocks_last"),
+            ),
+        ),
+    ],
     "Stragglers": [
         Chart(
             "compute time of a step: slowest rank and median (s)",

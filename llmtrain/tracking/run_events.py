@@ -43,7 +43,12 @@ LEVELS = {
 """Events of any other kind are something that went wrong, and the run went on: warn."""
 ROUTINE = {"start", "first_step", "replayed", "snapshot", "wandb"}
 """Events of every run, of which a list of incidents says nothing."""
-KINDS = {"ranks": "ranks compared", "mixture": "data mixture"}
+KINDS = {
+    "ranks": "ranks compared",
+    "mixture": "data mixture",
+    "grads": "gradient norms",
+    "memory": "memory by component",
+}
 """Records that are no events."""
 OWN_FIELDS = {"kind", "step", "attempt", "time", "what"}
 MAX_DETAIL = 300

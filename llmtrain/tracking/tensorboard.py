@@ -39,6 +39,8 @@ GROUPS = {
     "plan": "plan",
     "ranks": "ranks",
     "mixture": "mixture",
+    "grads": "grads",
+    "memory": "memory",
 }
 """Kind of record to the group that its numbers are shown in."""
 NO_CURVES = {"step", "attempt", "time", "tokens", "position"}

@@ -51,6 +51,7 @@ from llmtrain.model.transformer import Transformer
 from llmtrain.train.config import OptimizerConfig, Precision, TrainConfig
 from llmtrain.train.engine import Judge, StepResult
 from llmtrain.train.heartbeat import Mark, no_mark
+from llmtrain.train.measures import GradientSquares, Memory, memory_of, storages
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
@@ -131,7 +132,9 @@ class AccelerateEngine:
 
     # -- the step
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None) -> StepResult:
+    def train_step(
+        self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None, measure: bool = False
+    ) -> StepResult:
         """One optimizer update from this rank's micro batches."""
         mine = [self.placement.cut(batch) for batch in micro_batches]
         (num_valid,) = self._sum(sum(batch.num_valid for batch in mine))
@@ -145,7 +148,12 @@ class AccelerateEngine:
             self._optimizer.zero_grad(set_to_none=True)
             self._has_sorted_buckets = True
         loss_sum = self._add_gradients(mine, scale=self.data.size / divisor)
+        gradients = storages(map(_held, self._gradients().values()), self.device) if measure else {}
         self.mark("update")
+        squares = GradientSquares(self.placement, self.device) if measure else None
+        if squares is not None:
+            for name, _, own in self._owned("gradient"):
+                squares.add(name, own)
         norm = self._clip_gradient()
         # of the norm one rank speaks: all judge by the same bits
         loss_sum, norm = self._sum(loss_sum, norm if self.data.rank == 0 else 0.0)
@@ -157,7 +165,12 @@ class AccelerateEngine:
             self.num_optimizer_steps += 1
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(
-            loss=loss_sum / divisor, grad_norm=norm, num_valid=int(num_valid), is_withheld=not updates
+            loss=loss_sum / divisor,
+            grad_norm=norm,
+            num_valid=int(num_valid),
+            is_withheld=not updates,
+            grad_norms=None if squares is None else squares.norms(norm),
+            memory=self._memory(sum(gradients.values())) if measure else None,
         )
 
     def _add_gradients(self, micro_batches: list[Batch], *, scale: float) -> float:
@@ -173,10 +186,15 @@ class AccelerateEngine:
                 self._accelerator.backward(micro_loss_sum * scale)
         return float(loss_sum)
 
+    def _gradients(self) -> dict[str, Tensor]:
+        """By canonical name."""
+        found = {name: weight.grad for name, weight in self._parameters.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
+
     @torch.no_grad()
     def _clip_gradient(self) -> float:
         """Scale the gradient down to train.grad_clip, and return its global norm before."""
-        gradients = [_held(weight.grad) for weight in self._parameters.values() if weight.grad is not None]
+        gradients = [_held(gradient) for gradient in self._gradients().values()]
         square = torch.nn.utils.get_total_norm(gradients).double() ** 2
         if self.is_split:
             dist.all_reduce(square, group=self.data.group)
@@ -213,18 +231,32 @@ class AccelerateEngine:
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    def _memory(self, gradient_bytes: int) -> Memory:
+        states = (value for state in self._optimizer.state.values() for value in state.values())
+        return memory_of(
+            weights=map(_held, self._parameters.values()),
+            optimizer=map(_held, states),
+            gradient_bytes=gradient_bytes,
+            device=self.device,
+        )
+
     # -- the state
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns of weights and optimizer state: over all ranks, every element exactly once."""
         for kind in ("weight", *self.state_kinds):
-            for name, start, held in self._fragments(kind):
-                values = held
-                if not self.is_split:  # every rank holds everything, and answers for an equal share
-                    start, end = even_share(held.numel(), self.data.rank, self.data.size)
-                    values = held[start:end]
-                if values.numel():
-                    yield Piece(kind, name, self.placement.shapes[name], start, for_checkpoint(values))
+            for name, start, own in self._owned(kind):
+                yield Piece(kind, name, self.placement.shapes[name], start, for_checkpoint(own))
+
+    def _owned(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+        """Of the fragments of `kind` what this rank answers for: over all ranks, every element once."""
+        for name, start, held in self._fragments(kind):
+            own = held
+            if not self.is_split:  # every rank holds everything, and answers for an equal share
+                start, end = even_share(held.numel(), self.data.rank, self.data.size)
+                own = held[start:end]
+            if own.numel():
+                yield name, start, own
 
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
         """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
@@ -244,11 +276,19 @@ class AccelerateEngine:
 
     @torch.no_grad()
     def _fragments(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, offset in the flattened whole tensor, 1-D fp32 view) of what this rank holds of `kind`."""
+        """(name, offset in the flattened whole tensor, 1-D fp32 view) of what this rank holds of `kind`: a
+        weight, an optimizer state, or the gradient."""
+        gradients = self._gradients() if kind == "gradient" else {}
         for name, weight in self._parameters.items():
-            if kind != "weight" and kind not in state_kinds(name, self.optimizer_kind):
+            whole: Tensor
+            if kind == "weight":
+                whole = weight
+            elif name in gradients:
+                whole = gradients[name]
+            elif kind in state_kinds(name, self.optimizer_kind):
+                whole = self._optimizer.state[weight][kind]
+            else:
                 continue
-            whole = weight if kind == "weight" else self._optimizer.state[weight][kind]
             first_row = 0
             if self.is_split:  # as `torch.chunk` does it
                 num_rows = whole.shape[0]

@@ -10,7 +10,8 @@ What DeepSpeed 0.19.8 does and this file relies on, each held by a test that run
 * The fp32 master weights are made from the low-precision ones at `initialize`. They are overwritten here,
   so a bf16 run starts from, and resumes with, full-precision weights.
 * Whatever its own optimizer is, it has set `_global_grad_norm` and changed nothing when it first calls the
-  `step` of torch's, once or for each of its parts. So `_Gate` stands there.
+  `step` of torch's, once or for each of its parts. So `_Gate` stands there. The parts' masters are in torch's
+  groups then, with the reduced gradient, scaled by one factor.
 * Of a norm that is not finite it makes no update, but at stage 0.
 """
 
@@ -36,6 +37,7 @@ from llmtrain.train.config import OptimizerConfig, TrainConfig
 from llmtrain.train.deepspeed_config import deepspeed_config
 from llmtrain.train.engine import Judge, StepResult
 from llmtrain.train.heartbeat import Mark, no_mark
+from llmtrain.train.measures import GradientSquares, Memory, memory_of, storages
 from llmtrain.train.muon import Held, Muon
 from llmtrain.train.optimizer import all_state_kinds, build_optimizer, state_kinds
 from llmtrain.train.placement import Placement, compile_blocks, even_share
@@ -69,20 +71,23 @@ def join_deepspeed(device: torch.device) -> None:
 
 
 class _Gate:
-    """Takes the place of a torch optimizer's `step`, and asks once a training step whether to update."""
+    """Takes the place of a torch optimizer's `step`, looks at the gradient of each part that it is called
+    for, and asks once a training step whether to update."""
 
     def __init__(self, optimizer: AdamW | Muon) -> None:
         self._update = optimizer.step
         self._ask: Callable[[], bool] = lambda: True
+        self._look: Callable[[], None] = lambda: None
         self.answer: bool | None = None
         """None: not asked yet."""
         optimizer.step = self._step  # type: ignore[method-assign]
 
-    def arm(self, ask: Callable[[], bool]) -> None:
+    def arm(self, ask: Callable[[], bool], look: Callable[[], None]) -> None:
         """For the next training step."""
-        self._ask, self.answer = ask, None
+        self._ask, self._look, self.answer = ask, look, None
 
     def _step(self, closure: None = None) -> None:
+        self._look()
         if self.answer is None:
             self.answer = self._ask()
         if self.answer:
@@ -105,6 +110,7 @@ class DeepSpeedEngine:
         self.optimizer_kind = optimizer.kind
         self.state_kinds = all_state_kinds(optimizer.kind)
         self.mark: Mark = no_mark
+        self._measures = False
         join_deepspeed(device)
         self.mpu = Mpu(self.groups)
         config = deepspeed_config(train, placement.parallel, dp_size=self.data.size)
@@ -154,7 +160,9 @@ class DeepSpeedEngine:
 
     # -- the step
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None) -> StepResult:
+    def train_step(
+        self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None, measure: bool = False
+    ) -> StepResult:
         """One optimizer update from this rank's micro batches."""
         gas = self._engine.gradient_accumulation_steps()  # what DeepSpeed divides by, however many there are
         mine = [self.placement.cut(batch) for batch in micro_batches]
@@ -167,6 +175,13 @@ class DeepSpeedEngine:
         scaler = None if self.loss_scale is None else vars(self._optimizer.loss_scaler)
         scaler_before = dict(scaler or {})
         found: tuple[float, float] | None = None
+        self._measures, self._gradient_bytes = measure, 0
+        squares = GradientSquares(self.placement, self.device) if measure else None
+
+        def measure_part() -> None:
+            if squares is not None:
+                for name, _, own in self._owned("gradient"):
+                    squares.add(name, own)
 
         def look() -> tuple[float, float]:
             nonlocal found
@@ -175,7 +190,7 @@ class DeepSpeedEngine:
             found = loss_sum / divisor, norm
             return found
 
-        self._gate.arm(lambda: judge is None or judge(*look()))
+        self._gate.arm(lambda: judge is None or judge(*look()), measure_part)
         self._run_micro_batches(mine, scale=gas * self.data.size / divisor)
         if self.zero_stage == 3 and self._gate.answer is None:
             self._gather_small_weights()  # which DeepSpeed forgets when it has dropped a gradient
@@ -193,6 +208,8 @@ class DeepSpeedEngine:
             num_valid=int(num_valid),
             is_skipped=is_skipped,
             is_withheld=is_withheld,
+            grad_norms=None if squares is None else squares.norms(norm),
+            memory=self._memory() if measure else None,
         )
 
     @property
@@ -220,6 +237,7 @@ class DeepSpeedEngine:
             if at_boundary and self.zero_stage == 0:
                 self._full_norm = self._full_gradient_norm()  # DeepSpeed has none at stage 0
             if at_boundary:
+                self._count_gradient()
                 self.mark("update")
             self._engine.step()
 
@@ -261,21 +279,54 @@ class DeepSpeedEngine:
             dist.all_reduce(squares, group=self.groups.tp.group)
         return math.sqrt(float(squares))
 
+    # -- what is measured
+
+    def _count_gradient(self) -> None:
+        """Called when backward passes are over: the update drops it bit by bit."""
+        if self._measures:
+            self._gradient_bytes = sum(storages(self._gradient_tensors(), self.device).values())
+
+    def _gradient_tensors(self) -> Iterator[Tensor | None]:
+        """Wherever DeepSpeed's optimizers keep gradients until the update."""
+        for parameter in self._parameters.values():
+            yield parameter.grad
+            yield getattr(parameter, "grad_accum", None)
+        if self.zero_stage > 0:
+            kept = vars(self._optimizer)
+            yield from (master.grad for master in self._masters)
+            yield from kept.get("fp32_groups_gradients_flat", ())  # BF16_Optimizer
+            yield kept.get("grad_partitions_flat_buffer")  # ZeRO-3
+            for some in kept.get("averaged_gradients", {}).values():
+                yield from some or ()
+
+    def _memory(self) -> Memory:
+        weights = list(self._parameters.values())
+        states = (value for state in self._torch_state.values() for value in state.values())
+        return memory_of(
+            weights=[*weights, *(getattr(weight, "ds_tensor", None) for weight in weights)],
+            optimizer=[*self._masters, *states],
+            gradient_bytes=self._gradient_bytes,
+            device=self.device,
+        )
+
     # -- the state
 
     def pieces(self) -> Iterator[Piece]:
         """What this rank owns of weights and optimizer state: over all ranks, every element exactly once."""
         # The optimizer has no state before its first update, which fp16's overflows put off.
         for kind in ("weight", *self.state_kinds) if self.num_optimizer_steps else ("weight",):
-            for name, start, held in self._fragments(kind):
-                begin, end = 0, held.numel()
-                if self.zero_stage == 0:  # every data rank holds everything, and answers for an equal share
-                    begin, end = even_share(end, self.data.rank, self.data.size)
-                first, last = self.placement.share_of(name, end - begin)
-                if first < last:
-                    own = held[begin + first : begin + last]
-                    begin += start + first
-                    yield Piece(kind, name, self.placement.shapes[name], begin, for_checkpoint(own))
+            for name, start, own in self._owned(kind):
+                yield Piece(kind, name, self.placement.shapes[name], start, for_checkpoint(own))
+
+    def _owned(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
+        """Of the fragments of `kind` what this rank answers for: over all ranks, every element once."""
+        for name, start, held in self._fragments(kind):
+            begin, end = 0, held.numel()
+            if self.zero_stage == 0:  # every data rank holds everything, and answers for an equal share
+                begin, end = even_share(end, self.data.rank, self.data.size)
+            first, last = self.placement.share_of(name, end - begin)
+            if first < last:
+                yield name, start + begin + first, held[begin + first : begin + last]
 
     def load(self, source: FlatSource, *, num_optimizer_steps: int = 0) -> None:
         """Fill master weights, and with `num_optimizer_steps` > 0 the optimizer's state too, from
@@ -290,7 +341,16 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _fragments(self, kind: str) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, offset in the flattened whole tensor, 1-D fp32 view) of what this rank holds of `kind`."""
+        """(name, offset in the flattened whole tensor, 1-D fp32 view) of what this rank holds of `kind`: a
+        weight, an optimizer state, or the gradient, as far as torch's optimizer is to step with it now."""
+        if kind == "gradient":
+            at_hand = {
+                id(master) for group in self._torch_optimizer.param_groups for master in group["params"]
+            }
+            for each in self._held():
+                if id(each.master) in at_hand and each.master.grad is not None:
+                    yield each.name, each.start, each.of(each.master.grad, each.start, each.end)
+            return
         if self.zero_stage < 3:
             for each in self._held():
                 if kind == "weight" or kind in state_kinds(each.name, self.optimizer_kind):
@@ -300,9 +360,7 @@ class DeepSpeedEngine:
                     yield each.name, each.start, each.of(flat.detach(), each.start, each.end)
             return
         for name, parameter in self._parameters.items():
-            share = parameter.partition_numel()
-            first = min(parameter.ds_numel, self.data.rank * share)
-            last = min(parameter.ds_numel, first + share)  # the last ranks' shares are padded
+            first, last = self._share_at_zero_3(parameter)
             held = (
                 safe_get_local_fp32_param(parameter)
                 if kind == "weight"
@@ -312,16 +370,26 @@ class DeepSpeedEngine:
                 yield name, self.placement.offset(name) + first, held.detach().view(-1)[: last - first]
 
     def _held(self) -> Iterator[Held]:
-        """Where the optimizer finds what this rank holds of each weight, below ZeRO-3."""
+        """Where the optimizer finds what this rank holds of each weight."""
         for name, parameter in self._parameters.items():
             offset = self.placement.offset(name)
             if self.zero_stage == 0:
                 yield Held(name, offset, parameter.numel(), parameter, 0)
+            elif self.zero_stage == 3:
+                first, last = self._share_at_zero_3(parameter)
+                if first < last:
+                    part, begin, _ = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+                    yield Held(name, offset + first, last - first, self._masters[part], begin)
             elif parameter._hp_mapping is not None:
                 mapping = parameter._hp_mapping
                 at = mapping.get_hp_fragment_address()
                 start = offset + mapping.lp_fragment_address.start
                 yield Held(name, start, at.numel, self._masters[mapping.param_group_index], at.start)
+
+    def _share_at_zero_3(self, parameter: Any) -> tuple[int, int]:
+        """This rank's elements of the flattened weight; the last ranks' shares are padded."""
+        first = min(parameter.ds_numel, self.data.rank * parameter.partition_numel())
+        return first, min(parameter.ds_numel, first + parameter.partition_numel())
 
     @property
     def _masters(self) -> list[Tensor]:

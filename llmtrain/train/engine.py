@@ -11,6 +11,7 @@ import torch
 from llmtrain.checkpoint.format import FlatSource, Piece
 from llmtrain.loader.batches import Batch
 from llmtrain.train.heartbeat import Mark
+from llmtrain.train.measures import Memory
 from llmtrain.train.placement import Placement
 
 Judge = Callable[[float, float], bool]
@@ -31,6 +32,10 @@ class StepResult:
     is_withheld: bool = False
     """Nothing was updated, and nothing else has changed: the judge said so, or the norm is not finite and the
     engine never updates then."""
+    grad_norms: dict[str, float] | None = None
+    """If measured: L2 norms before clipping by group of layers (`measures.GradientSquares`), where known."""
+    memory: Memory | None = None
+    """If measured: of this rank."""
 
 
 class Engine(Protocol):
@@ -51,13 +56,16 @@ class Engine(Protocol):
     @loss_scale.setter
     def loss_scale(self, value: float) -> None: ...
 
-    def train_step(self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None) -> StepResult:
+    def train_step(
+        self, micro_batches: list[Batch], *, lr: float, judge: Judge | None = None, measure: bool = False
+    ) -> StepResult:
         """One optimizer update from this rank's micro batches. Every rank calls it with as many; another step
         may have another number.
 
         Args:
             judge: asked once, with the gradient's norm known and nothing changed yet. On False the gradient
                 is dropped. It is not asked where fp16 overflows. None: every step updates.
+            measure: whether gradient norms by group and memory are asked for: the same on every rank.
         """
 
     def held_out_sums(self, batches: Iterator[Batch]) -> tuple[float, int]:

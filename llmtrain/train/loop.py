@@ -197,9 +197,13 @@ def train(
         judge = StepJudge(watch, progress.step + 1, first, last)
         if capsules is not None:
             capsules.note(lr=lr)
+        tells_memory = progress.step + 1 == first_step or _due(progress.step + 1, cfg.train.eval_every_steps)
         with named_errors(cfg.train.determinism):
             result = engine.train_step(
-                data.micro_batches, lr=lr, judge=judge if watch.cfg.withholds else None
+                data.micro_batches,
+                lr=lr,
+                judge=judge if watch.cfg.withholds else None,
+                measure=tells_memory or _due(progress.step + 1, cfg.tracking.log_every_steps),
             )
         if capsules is not None:
             capsules.note(loss=result.loss, grad_norm=result.grad_norm)
@@ -229,6 +233,7 @@ def train(
         progress.position = last + 1
         step_s = time.perf_counter() - step_start
         mfu = step_tokens / step_s * token_flops / device_flops
+        peak_gib = peak_memory_gib(engine.device)
         recorder.step(
             progress.step,
             loss=result.loss,
@@ -241,7 +246,7 @@ def train(
             step_s=step_s,
             data_wait_s=data_wait_s,
             withheld=True if result.is_withheld else None,
-            mem_gib=peak_memory_gib(engine.device),
+            mem_gib=peak_gib,
             mfu=None if math.isnan(mfu) else mfu,
         )
         if progress.step == first_step and start_up is not None:
@@ -255,6 +260,10 @@ def train(
             _report_stragglers(cfg, stragglers, progress, recorder)
         if _due(progress.step, cfg.tracking.log_every_steps):
             _tell_mixture(batches, progress, recorder)
+            if result.grad_norms:
+                recorder.record("grads", progress.step, **result.grad_norms)
+        if tells_memory and result.memory and (parts := result.memory.fields(peak_gib=peak_gib)):
+            recorder.record("memory", progress.step, **parts)
         done = is_over()
         eval_loss = None
         if done or _due(progress.step, cfg.train.eval_every_steps):

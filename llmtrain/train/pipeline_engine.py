@@ -153,6 +153,8 @@ class PipelineEngine(DeepSpeedEngine):
             def call(engine: Any, *arguments: Any, **options: Any) -> None:
                 self._num_forwards += instruction == "ForwardPass"
                 phase = PHASES.get(instruction, "exchange") if engine.module.training else "evaluate"
+                if phase == "update":
+                    self._count_gradient()
                 self.mark(phase, micro_step=self._num_forwards)
                 work(engine, *arguments, **options)
 

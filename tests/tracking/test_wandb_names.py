@@ -34,6 +34,9 @@ def trained(tmp_path_factory):
         folder / "run",
         "tracking.wandb=offline",
         "tracking.wandb_finish_timeout_s=60",
+        "tracking.log_every_steps=4",
+        "model.num_layers=3",  # so that every third of the depth has a block
+        "model.tie_embeddings=false",
         "train.device_peak_tflops=0.1",
         "train.device_peak_source=invented",
     )
@@ -94,6 +97,22 @@ def test_the_table_is_what_a_run_logs(trained, tmp_path):
     undone = {"kind": "event", "what": "resume", "step": 4, "attempt": 2, "time": records[-1]["time"]}
     found = names_of([*records, undone]) | names_of(plan_records(tmp_path))
     assert found == names().keys() - of_several()
+
+
+def test_norms_by_group_and_memory_by_component_add_up_to_the_step(trained):
+    records = read_lines(trained / "metrics.jsonl")
+    steps = {record["step"]: record for record in records if record["kind"] == "step"}
+    grads = [record for record in records if record["kind"] == "grads"]
+    assert [record["step"] for record in grads] == [4, 8, 12]
+    for record in grads:
+        squares = sum(record[kind] ** 2 for kind in ("embedding", "attention", "mlp", "norm", "head"))
+        assert squares == pytest.approx(steps[record["step"]]["grad_norm"] ** 2, rel=1e-6)
+    memory = [record for record in records if record["kind"] == "memory"]
+    assert [record["step"] for record in memory] == [1, 6, 12]
+    for record in memory:
+        parts = [record[f"{part}_gib"] for part in ("weights", "gradients", "optimizer", "rest")]
+        assert sum(parts) == pytest.approx(steps[record["step"]]["mem_gib"], rel=1e-6)
+        assert min(parts) > 0
 
 
 def test_w_and_b_has_these_names_and_no_other(trained):

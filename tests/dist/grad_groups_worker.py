@@ -1,0 +1,70 @@
+"""One rank of test_grad_groups: two steps in every layout asked for, measured, and one that is not."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from engine_worker import OPTIMIZER, SEED, batch_of, build, rows_of
+
+from llmtrain.train.engine import Judge
+from llmtrain.train.placement import fresh_weights
+from llmtrain.train.ranks import join_ranks
+
+STEPS = 2
+"""Measured; the first makes the optimizer's state."""
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """By step the whole norm, norms by group and this rank's memory; then of a step that nobody asked to
+    measure, of one that is withheld, and of one whose loss is not finite."""
+    micro_rows = case["micro"]
+    engine = build(case)
+    engine.load(fresh_weights(engine.placement, seed=SEED))
+    if engine.loss_scale is not None:
+        engine.loss_scale = 256.0  # nothing overflows
+    dp = engine.placement.groups.dp
+
+    def take(step: int, *, measure: bool, judge: Judge | None = None) -> Any:
+        share = rows_of(step) // dp.size
+        firsts = range(dp.rank * share, (dp.rank + 1) * share, micro_rows)
+        batches = [batch_of(step, first, first + micro_rows) for first in firsts]
+        return engine.train_step(batches, lr=OPTIMIZER.peak_lr, judge=judge, measure=measure)
+
+    measured = [take(step, measure=True) for step in range(STEPS)]
+    asked_for_nothing = take(STEPS, measure=False)
+    withheld = take(STEPS + 1, measure=True, judge=lambda loss, norm: False)
+    with torch.no_grad():
+        for weight in engine._parameters.values():  # type: ignore[attr-defined]
+            weight.data.fill_(np.nan)
+    broken = take(STEPS + 1, measure=True)
+    return {
+        "grad_norm": [each.grad_norm for each in measured],
+        "grad_norms": [each.grad_norms for each in measured],
+        "memory": [vars(each.memory) for each in measured],
+        "unmeasured": [asked_for_nothing.grad_norms, asked_for_nothing.memory],
+        "withheld": [withheld.grad_norm, withheld.grad_norms, withheld.is_withheld],
+        "broken": broken.grad_norms,
+    }
+
+
+if __name__ == "__main__":
+    join_ranks(timeout_s=120)
+    # DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes in it all the same.
+    get_accelerator().is_fp16_supported = lambda: True
+    results = {}
+    for name, case in json.loads(sys.argv[1]).items():
+        start = time.monotonic()
+        try:
+            results[name] = run(case)
+        except Exception as error:
+            raise RuntimeError(f"in the case {name}") from error
+        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    print(json.dumps(results))
+    dist.destroy_process_group()
