@@ -111,7 +111,14 @@ def test_a_run_goes_on_from_the_memory_of_a_killed_rank(
     assert list(memory.iterdir()) == [], "an end by itself leaves nothing in memory"
 
 
-@pytest.mark.parametrize("layout", ["parallel.zero_stage=1", "parallel.zero_stage=3", "parallel.tp_size=2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "parallel.zero_stage=3",
+        pytest.param("parallel.zero_stage=1", marks=pytest.mark.slow),
+        pytest.param("parallel.tp_size=2", marks=pytest.mark.slow),
+    ],
+)
 def test_hosts_that_see_only_their_own_memory_read_from_each_other(
     launcher: Launcher, data: Path, tmp_path: Path, layout: str
 ) -> None:
