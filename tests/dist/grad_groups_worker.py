@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
+from cases import run_cases
 from engine_worker import OPTIMIZER, SEED, batch_of, build, rows_of
 
 from llmtrain.train.engine import Judge
 from llmtrain.train.placement import fresh_weights
-from llmtrain.train.ranks import join_ranks
 
 STEPS = 2
 """Measured; the first makes the optimizer's state."""
@@ -55,16 +50,4 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    join_ranks(timeout_s=120)
-    # DeepSpeed refuses fp16 on a CPU without instructions for it; torch computes in it all the same.
-    get_accelerator().is_fp16_supported = lambda: True
-    results = {}
-    for name, case in json.loads(sys.argv[1]).items():
-        start = time.monotonic()
-        try:
-            results[name] = run(case)
-        except Exception as error:
-            raise RuntimeError(f"in the case {name}") from error
-        print(f"{name}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-    print(json.dumps(results))
-    dist.destroy_process_group()
+    run_cases(run)

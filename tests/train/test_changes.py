@@ -137,6 +137,25 @@ def test_settings_by_name_keep_what_belongs_together() -> None:
     assert set(named) == {*defaults(), "old.part.x"}
 
 
+OTHER_PREFLIGHT = {
+    "preflight.idle_nodes": "true",
+    "preflight.max_clock_skew_s": "5",
+    "preflight.max_lookup_s": "5",
+    "preflight.min_free_gib": "0.01",
+    "preflight.min_free_inodes": "9",
+    "preflight.min_shared_memory_mib": "1",
+    "preflight.max_gpu_celsius": "80",
+    "preflight.max_gpu_used_gib": "5",
+    "preflight.max_gpu_memory_errors": "1",
+    "preflight.storage_mib": "1",
+    "preflight.storage_s": "0.1",
+    "preflight.min_storage_mb_per_s": "0.01",
+    "preflight.all_reduce_mib": "1",
+    "preflight.network_s": "1",
+    "preflight.min_bus_gb_per_s": "0.000001",
+    "preflight.slow_ratio": "9",
+    "preflight.answer_s": "60",
+}
 OTHER_VALUES = {
     "run.name": "other",
     "run.fallback": "true",
@@ -179,23 +198,7 @@ OTHER_VALUES = {
     "verify.folder": "nowhere",
     "verify.certificate": "nowhere",
     "preflight.enabled": "true",
-    "preflight.idle_nodes": "true",
-    "preflight.max_clock_skew_s": "5",
-    "preflight.max_lookup_s": "5",
-    "preflight.min_free_gib": "0.01",
-    "preflight.min_free_inodes": "9",
-    "preflight.min_shared_memory_mib": "1",
-    "preflight.max_gpu_celsius": "80",
-    "preflight.max_gpu_used_gib": "5",
-    "preflight.max_gpu_memory_errors": "1",
-    "preflight.storage_mib": "1",
-    "preflight.storage_s": "0.1",
-    "preflight.min_storage_mb_per_s": "0.01",
-    "preflight.all_reduce_mib": "1",
-    "preflight.network_s": "1",
-    "preflight.min_bus_gb_per_s": "0.000001",
-    "preflight.slow_ratio": "9",
-    "preflight.answer_s": "60",
+    **OTHER_PREFLIGHT,
 }
 """Settings that change no number, each with another value than the run `finished` had."""
 ELSEWHERE = {
@@ -330,23 +333,7 @@ UNREAD_HERE = {
     "spikes.cooldown_steps": "1",
     "spikes.rollback_checkpoints": "2",
     "spikes.rollback_steps_before": "3",
-    "preflight.idle_nodes": "true",
-    "preflight.max_clock_skew_s": "5",
-    "preflight.max_lookup_s": "5",
-    "preflight.min_free_gib": "0.01",
-    "preflight.min_free_inodes": "9",
-    "preflight.min_shared_memory_mib": "1",
-    "preflight.max_gpu_celsius": "80",
-    "preflight.max_gpu_used_gib": "5",
-    "preflight.max_gpu_memory_errors": "1",
-    "preflight.storage_mib": "1",
-    "preflight.storage_s": "0.1",
-    "preflight.min_storage_mb_per_s": "0.01",
-    "preflight.all_reduce_mib": "1",
-    "preflight.network_s": "1",
-    "preflight.min_bus_gb_per_s": "0.000001",
-    "preflight.slow_ratio": "9",
-    "preflight.answer_s": "60",
+    **OTHER_PREFLIGHT,
 }
 UNREAD_THERE = {"schedule.floor_ratio": "0.5", "model.rope_theta": "500", "data.block_rows": "7"}
 """In the other pair of runs, of those that are not in UNREAD_HERE."""
