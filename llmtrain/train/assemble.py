@@ -644,11 +644,7 @@ def _load(cfg: TrainRoot, engine: Engine, reader: CheckpointReader | None, data:
         engine.loss_scale = reader.state["loss_scale"]
     _check_loss(cfg, engine, data, reader)
     log.info("resumed from %s: step %d, %d rows consumed", reader.path, reader.step, reader.state["position"])
-    return Progress(
-        step=reader.step,
-        position=reader.state["position"],
-        owes_eval=bool(reader.state.get("owes_eval")) and cfg.train.eval_every_steps > 0,
-    )
+    return Progress(step=reader.step, position=reader.state["position"], owes_eval=_owes_eval(cfg, reader))
 
 
 def _open_whole(cfg: TrainRoot, folder: RunFolder, start: Start) -> CheckpointReader | None:
@@ -668,12 +664,23 @@ def _open_whole(cfg: TrainRoot, folder: RunFolder, start: Start) -> CheckpointRe
     return None
 
 
+def _is_trained(cfg: TrainRoot, reader: CheckpointReader) -> bool:
+    return bool(reader.state["tokens"] >= cfg.train.total_tokens)
+
+
+def _owes_eval(cfg: TrainRoot, reader: CheckpointReader) -> bool:
+    """Whether an evaluation that is still asked for was not finished there; the last one always is."""
+    is_asked_for = cfg.train.eval_every_steps > 0 or _is_trained(cfg, reader)
+    return bool(reader.state.get("owes_eval")) and is_asked_for
+
+
 def _is_over(cfg: TrainRoot, reader: CheckpointReader) -> bool:
-    """Whether nothing is left to train; the run's folder stays as it is then."""
-    tokens, total = reader.state["tokens"], cfg.train.total_tokens
-    if tokens >= total and dist.get_rank() == 0:
-        log.info("nothing to do: the run has consumed %d of %d tokens", tokens, total)
-    return bool(tokens >= total)
+    """Whether nothing is left to train or to evaluate; the run's folder stays as it is then."""
+    is_over = _is_trained(cfg, reader) and not _owes_eval(cfg, reader)
+    if is_over and dist.get_rank() == 0:
+        consumed = (reader.state["tokens"], cfg.train.total_tokens)
+        log.info("nothing to do: the run has consumed %d of %d tokens", *consumed)
+    return is_over
 
 
 def _damage(reader: CheckpointReader, *, rank: int, world_size: int) -> list[str]:

@@ -154,14 +154,18 @@ def train(
     last_saved = progress.on_disk
     longest_save_s = 0.0
     stage_starts = [-(-stage.from_tokens // seq_len) for stage in cfg.data.stages]
-    if progress.owes_eval:
-        evaluate(cfg, engine, held_out, progress, recorder, deadline)
 
-    def is_over() -> bool:
+    def is_trained() -> bool:
         """Whether no row is left to take; the last ones may be passed over."""
         return batches.span(progress.position)[0] * seq_len >= cfg.train.total_tokens
 
-    while not is_over():
+    if progress.owes_eval:
+        heartbeat.mark("evaluate")
+        eval_loss = evaluate(cfg, engine, held_out, progress, recorder, deadline)
+        if is_trained() and not progress.owes_eval:  # the checkpoint of the end says so
+            _save(save, engine, progress, recorder, ledger, saver, eval_loss)
+            last_saved = progress.step
+    while not is_trained():
         step_start = time.perf_counter()
         first, last = batches.span(progress.position)
         rows_per_step = sizes.rows_at(first)
@@ -264,12 +268,12 @@ def train(
                 recorder.record("grads", progress.step, **result.grad_norms)
         if tells_memory and result.memory and (parts := result.memory.fields(peak_gib=peak_gib)):
             recorder.record("memory", progress.step, **parts)
-        done = is_over()
         eval_loss = None
-        if done or _due(progress.step, cfg.train.eval_every_steps):
+        if is_trained() or _due(progress.step, cfg.train.eval_every_steps):
             heartbeat.mark("evaluate")
             eval_loss = evaluate(cfg, engine, held_out, progress, recorder, deadline)
         heartbeat.mark("save")
+        done = is_trained() and not progress.owes_eval
         if done:
             saver.finish()
         if done or _due(progress.step, cfg.save.every_steps):
@@ -288,7 +292,8 @@ def train(
             last_saved = progress.step
     saver.finish()
     _record_saved(saver, recorder)
-    if is_over():
+    is_over = is_trained() and not progress.owes_eval
+    if is_over:
         recorder.event("finished", progress.step)
     else:
         reason = _reason_of_all(deadline)
@@ -301,7 +306,7 @@ def train(
         )
     if failure := _kept_failure(recorder, ledger, saver):
         raise failure
-    return is_over()
+    return is_over
 
 
 def _obey(

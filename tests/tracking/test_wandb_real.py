@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from data_folder import wait_for
 from wandb_file import records_of
 from wandb_stub import WandbStub
 
@@ -219,6 +220,7 @@ def test_other_nodes_are_runs_in_the_runs_group(tmp_path):
     with recorder(tmp_path, config) as told:
         told.step(1, loss=1.0)
         other = node_sink(config, tmp_path, node=1, run_name="demo", report=said.append)
+        wait_for(lambda: any(records_of(path, "stats") for path in run_files(tmp_path / "wandb/node-1")))
         other.finish()
     run_id = wandb_id(tmp_path)
     assert said == [f"offline, run {run_id}-node-1 of project p"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from data_folder import train_arguments, wait_for
+from data_folder import train_arguments, wait_for, write_data_folder
 
+from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
 from llmtrain.tracking.metrics import read_lines, read_metrics
 from llmtrain.train.deadline import EXIT_AGAIN, EXIT_NEVER, SIGNALS
@@ -124,6 +126,24 @@ def test_40_signals_at_any_moment_change_nothing(
     launcher: Launcher, data: Path, tmp_path: Path, num_ranks: int
 ) -> None:
     drill(launcher, data, tmp_path, num_signals=40, num_steps=1500, num_ranks=num_ranks)
+
+
+def test_the_last_evaluation_is_made_up_for(launcher: Launcher, tmp_path: Path) -> None:
+    data, folder = write_data_folder(tmp_path / "data", num_documents=20_000), tmp_path / "run"
+    arguments = [*arguments_of(data, folder, 10), "train.eval_rows=1500", "train.micro_batch_rows=1"]
+    run = launcher.start(arguments, num_ranks=2)
+    wait_for(lambda: num_steps_of(folder) == 10 or not run.processes[0].is_alive())
+    run.signal(signal.SIGTERM)
+    assert run.wait() == EXIT_AGAIN, run.text()
+    assert [step for step, _ in outcomes(folder)["eval"]] == [7]
+    for says in ("resumed from", "nothing to do"):
+        status, text = launcher.run(arguments, num_ranks=2)
+        assert status == 0, text
+        assert says in text
+        assert [step for step, _ in outcomes(folder)["eval"]] == [7, 10]
+    assert [line["what"] for line in read_lines(folder / "metrics.jsonl") if "what" in line][-1] == "finished"
+    last = CheckpointReader(folder / "checkpoints/step-00000010").state
+    assert (last["eval_loss"], last["owes_eval"]) == (outcomes(folder)["eval"][-1][1], False)
 
 
 def test_a_time_limit_saves_and_leaves(launcher: Launcher, data: Path, tmp_path: Path) -> None:
