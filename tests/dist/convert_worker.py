@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -138,5 +139,7 @@ WORK = {"load_universal": load_universal, "save_universal": save_universal, "sav
 
 join_ranks(timeout_s=120)
 told = WORK[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
-print(json.dumps(told))
+print(json.dumps(told), flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # DCP's own threads once aborted a rank that left as usual, its work done
