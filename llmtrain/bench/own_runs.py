@@ -37,6 +37,7 @@ from llmtrain.data.manifest import FORMAT_VERSION, Manifest, ShardEntry, Tokeniz
 from llmtrain.data.pack import write_plan
 from llmtrain.data.shards import ShardWriter
 from llmtrain.errors import ConfigError, LLMTrainError, unknown_name
+from llmtrain.launch.parent import PARENT_VARIABLE
 from llmtrain.model.config import ModelConfig
 from llmtrain.planner.calibrate import Observation, calibrate
 from llmtrain.planner.cost.architecture import from_model_config
@@ -262,6 +263,7 @@ def measure(run: TinyRun, *, data: Path, folder: Path, num_steps: int, into: Mea
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
+        PARENT_VARIABLE: str(os.getpid()),
     }
     command = [
         sys.executable,

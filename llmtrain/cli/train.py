@@ -3,10 +3,8 @@ ranks."""
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Collection
 from dataclasses import replace
@@ -19,6 +17,7 @@ from llmtrain.cli.compose import fail, given_settings, run_verb, sweep_folder
 from llmtrain.cli.listen import listening
 from llmtrain.errors import ConfigError, LLMTrainError
 from llmtrain.launch.environment import array_job
+from llmtrain.launch.parent import PARENT_VARIABLE, end_with_parent
 from llmtrain.log import setup_logging, world_size
 from llmtrain.parallel.config import EngineKind
 from llmtrain.tracking.config import WandbMode, sweep_group
@@ -28,9 +27,6 @@ from llmtrain.train.deadline import EXIT_AGAIN, EXIT_NEVER, Deadline, leave_with
 from llmtrain.train.retries import SameFailureError
 from llmtrain.train.start_up import StartUp
 from llmtrain.train.unread import refuse_unread
-
-PR_SET_PDEATHSIG = 1
-"""prctl's option number: <linux/prctl.h>."""
 
 
 def main() -> None:
@@ -70,19 +66,11 @@ def run_job(cfg: TrainRoot) -> None:
         fail(str(error))
 
 
-def die_with_launcher() -> None:
-    """Ask the kernel to kill this rank when torchrun dies: a rank without a launcher would train on, unseen.
-
-    torchrun starts ranks in sessions of their own, so not even a signal to its process group reaches them.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def start_training(cfg: TrainRoot, deadline: Deadline) -> None:
     """Train, and end the process with the status that says what to do with the run: 0 it is over, 75 start
     again, 78 never."""
-    die_with_launcher()
+    if not os.environ.keys().isdisjoint(("TORCHELASTIC_RUN_ID", PARENT_VARIABLE)):
+        end_with_parent()  # a rank without its launcher would train on, unseen
     deadline.set_limits(time_limit_s=cfg.run.time_limit_s, leave_before_s=cfg.run.leave_before_s)
     deadline.leave_at_once(during_start=world_size() == 1)
     start_up = StartUp()

@@ -32,6 +32,7 @@ from torch import Tensor
 import llmtrain
 from llmtrain import files
 from llmtrain.errors import LaunchError
+from llmtrain.launch.parent import PARENT_VARIABLE
 from llmtrain.loader.batches import Batch
 from llmtrain.model.dropout import token_keys
 from llmtrain.model.init import build_transformer
@@ -43,7 +44,6 @@ from llmtrain.train.shrink import Shrunk
 from llmtrain.train.verify_rank import (
     CASES_FILE,
     NUM_HELD_OUT,
-    PARENT_VARIABLE,
     Case,
     Told,
     Values,

@@ -8,12 +8,9 @@ agree on, rows and initial weights, is here too: functions of names, no ranks in
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import os
 import pickle
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +29,7 @@ from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.format import FlatSource
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.write import Ranks, save_checkpoint
+from llmtrain.launch.parent import end_with_parent
 from llmtrain.loader.batches import Batch, to_batch
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.model.config import ModelConfig
@@ -48,12 +46,8 @@ from llmtrain.train.ranks import join_ranks
 CASES_FILE = "cases.pickle"
 RATES = (1e-2, 4e-3, 2e-2)
 """Learning rates of the steps, in turn."""
-PARENT_VARIABLE = "LLMTRAIN_VERIFY_PID"
-"""Environment variable with the process id of whoever starts ranks."""
 NUM_HELD_OUT = 2
 """Batches of each data-parallel rank; the last rank's last is masked as a whole."""
-PR_SET_PDEATHSIG = 1
-"""prctl's option number: <linux/prctl.h>."""
 
 Values = NDArray[np.float32]
 
@@ -162,7 +156,7 @@ def main(
     Args:
         around: entered with a case's name while it runs: tests plant faults here.
     """
-    _die_with_parent()
+    end_with_parent()
     folder = Path((sys.argv[1:] if arguments is None else arguments)[0])
     cases: dict[str, Case] = pickle.loads((folder / CASES_FILE).read_bytes())
     timeout_s = max(case.cfg.verify.timeout_s for case in cases.values())
@@ -318,14 +312,6 @@ def _gather(value: object) -> list[object]:
     gathered: list[object] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
-
-
-def _die_with_parent() -> None:
-    """No rank outlives whoever started it, however that ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.environ.get(PARENT_VARIABLE, str(os.getppid())) != str(os.getppid()):  # it ended before we asked
-        sys.exit("the process that started this rank has ended")
 
 
 if __name__ == "__main__":
