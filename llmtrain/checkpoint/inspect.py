@@ -106,8 +106,9 @@ def _facts(state: dict[str, Any]) -> dict[str, Any]:
     made_by = state.get("made_by")
     parent, code = state.get("parent"), state.get("code", {})
     told = {
-        "tokens": state.get("tokens"),
         "rows consumed": state.get("position"),
+        "tokens of the budget": state.get("tokens"),
+        "valid targets": state.get("targets"),
         "optimizer steps": state.get("num_optimizer_steps"),
         "held-out loss": state.get("eval_loss"),
         "attempt": state.get("attempt"),

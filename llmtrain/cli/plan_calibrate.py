@@ -229,12 +229,12 @@ def _settled(data: RunData) -> list[Record]:
 
 
 def _is_full(step: Record, data: RunData) -> bool:
-    """Whether a step has train.global_batch_rows rows; true where its record cannot tell."""
-    rate, seconds = as_number(step.get("tokens_per_s")), as_number(step.get("step_s"))
-    rows, seq_len = data.setting("train", "global_batch_rows"), data.setting("data", "seq_len")
-    if rate is None or seconds is None or not isinstance(rows, int) or not isinstance(seq_len, int):
+    """Whether a step has train.global_batch_rows rows: it began after the batch ramp."""
+    ramp = data.setting("train", "batch_ramp") or []
+    if not ramp:
         return True
-    return math.isclose(rate * seconds, rows * seq_len, rel_tol=1e-3)
+    begin = step["position"] - data.setting("train", "global_batch_rows")
+    return bool(begin * data.setting("data", "seq_len") >= max(stage["until_tokens"] for stage in ramp))
 
 
 def _attempt_facts(data: RunData) -> dict[str, Any]:

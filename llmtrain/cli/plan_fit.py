@@ -160,7 +160,7 @@ def read_folder(folder: Path, *, embeddings: bool) -> Reading:
     data = read_run(folder)
     steps, evals = data.of_kind("step"), data.of_kind("eval")
     ending = data.attempts[-1].ending if data.attempts else None
-    tokens = as_number(steps[-1].get("tokens")) if steps else None
+    tokens = data.consumed_tokens()
     wanted = as_number(data.setting("train", "total_tokens"))
     shape, loss = data.setting("model"), data.held_out_loss()
     is_stale = bool(steps and evals) and evals[-1]["step"] < steps[-1]["step"]

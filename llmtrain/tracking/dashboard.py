@@ -59,14 +59,9 @@ SECTIONS: dict[str, list[Chart | Table]] = {
         Chart("peak memory: measured, and the plan's interval (GiB)", _planned("mem_gib"), "step"),
         Chart("peak memory over the plan's (ratio)", ("plan/mem_over_plan",), "step"),
         Chart("held-out loss: measured, and the plan's interval (nats per target)", _planned("eval_loss")),
-        Chart(
-            "throughput: measured, and the plan's interval (tokens/s)",
-            ("train/tokens_per_s", *_planned("tokens_per_s")[1:]),
-            "step",
-        ),
     ],
     "Throughput": [
-        Chart("throughput (tokens/s)", ("train/tokens_per_s",), "step"),
+        Chart("throughput, valid targets (targets/s)", ("train/tokens_per_s",), "step"),
         Chart("MFU, causal: half the attention square counts (share of peak)", ("train/mfu",), "step"),
         Chart("step time, and waiting for data in it (s)", ("train/step_s", "train/data_wait_s"), "step"),
     ],

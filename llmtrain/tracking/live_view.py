@@ -132,7 +132,7 @@ class RunView:
     @property
     def total_steps(self) -> int | None:
         """Steps of the whole run, where its config says."""
-        return total_steps(self._config, self.last_step or {"step": 0, "tokens": 0})
+        return total_steps(self._config, self.last_step or {"step": 0, "position": 0})
 
     def seconds_left(self) -> float | None:
         """At the pace of the last steps, with what lies between them."""

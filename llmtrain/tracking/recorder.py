@@ -209,7 +209,6 @@ class RunRecorder:
             return
         intervals = {
             "step_s": plan.step_s,
-            "tokens_per_s": plan.tokens_per_s,
             "mem_gib": plan.recorded_bytes.scaled(1 / 2**30),
             "eval_loss": plan.loss,
         }

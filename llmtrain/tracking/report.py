@@ -181,14 +181,14 @@ def _bits_tile(run: RunData) -> Tile:
 
 
 def _tokens_tile(run: RunData) -> Tile:
-    seen, total = (
-        present_values(run.of_kind("step"), "tokens"),
-        as_number(run.setting("train", "total_tokens")),
-    )
+    seen = present_values(run.of_kind("step"), "tokens")
     if not seen:
-        return Tile(name="Tokens seen", value="–")
-    share = f"{min(1.0, seen[-1] / total):.0%} of {format_count(total)}" if total else ""
-    return Tile(name="Tokens seen", value=format_count(seen[-1]), note=share)
+        return Tile(name="Tokens trained on", value="–")
+    consumed, total = run.consumed_tokens(), as_number(run.setting("train", "total_tokens"))
+    share = (
+        f"{min(1.0, consumed / total):.0%} of {format_count(total)} consumed" if consumed and total else ""
+    )
+    return Tile(name="Tokens trained on", value=format_count(seen[-1]), note=share)
 
 
 def _time_tile(run: RunData) -> Tile:

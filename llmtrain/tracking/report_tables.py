@@ -151,13 +151,6 @@ def comparisons_of(run: RunData) -> list[Comparison]:
     spent_s = sum(present_values(run.of_kind("step"), "step_s")) or None
     return [
         comparison("Step time", "median", predicted.step_s, median_of(settled, "step_s"), format_duration),
-        comparison(
-            "Tokens per second",
-            "median",
-            predicted.tokens_per_s,
-            median_of(settled, "tokens_per_s"),
-            format_count,
-        ),
         comparison("Time of all steps", "sum", predicted.train_s, spent_s, format_duration),
         comparison("Peak memory", "of rank 0", predicted.recorded_bytes, _peak_bytes(settled), format_bytes),
         comparison(

@@ -94,6 +94,13 @@ class RunData:
         later = [step for step in steps if step["step"] > begins.get(step["attempt"], 0) + SETTLING_STEPS]
         return later or steps
 
+    def consumed_tokens(self) -> int | None:
+        """Input positions of all rows taken, as train.total_tokens counts them: the valid targets among them
+        are fewer, and fewer still have taught the weights anything where steps were withheld."""
+        steps, seq_len = self.of_kind("step"), self.setting("data", "seq_len")
+        position = steps[-1].get("position") if steps else None
+        return position * seq_len if isinstance(position, int) and isinstance(seq_len, int) else None
+
     def num_epochs(self) -> float | None:
         """How often the run went over its rows."""
         steps, seq_len = self.of_kind("step"), self.setting("data", "seq_len")

@@ -216,7 +216,7 @@ def _from_ends(folder: Path, ends: Ends, *, now: float, silent_after_s: float) -
         note = note or f"its host's clock is {ahead_s:.0f} s ahead of this one's"
     step = last["step"] if last is not None else tail[-1]["step"]
     config = config_parts(folder / CONFIG_NAME)
-    total = total_steps(config, last) if last is not None else total_steps(config, {"step": 0, "tokens": 0})
+    total = total_steps(config, last) if last is not None else total_steps(config, {"step": 0, "position": 0})
     left_s = None
     if state in (State.running, State.silent) and pace_s is not None and total is not None:
         left_s = max(0, total - step) * pace_s
@@ -362,7 +362,7 @@ def config_parts(path: Path) -> dict[str, Any]:
 
 
 def total_steps(config: Mapping[str, Any], at: Mapping[str, Any]) -> int | None:
-    """Steps of the whole run, from where it is at a record that has `step` and `tokens`.
+    """Steps of the whole run, from where it is at a record that has `step` and `position`.
 
     A batch that still rises makes the steps that are left fewer: each stage is walked through, as the loader
     does it.
@@ -371,12 +371,12 @@ def total_steps(config: Mapping[str, Any], at: Mapping[str, Any]) -> int | None:
     if not isinstance(train, dict) or not isinstance(data, dict):
         return None
     total, rows = _count(train, "total_tokens"), _count(train, "global_batch_rows")
-    seq_len, tokens = _count(data, "seq_len"), at.get("tokens")
+    seq_len, position = _count(data, "seq_len"), at.get("position")
     if total is None or rows is None or seq_len is None:
         return None
-    if not isinstance(tokens, int):
+    if not isinstance(position, int):
         return -(-total // (rows * seq_len))
-    steps, position, until = int(at["step"]), tokens // seq_len, -(-total // seq_len)
+    steps, until = int(at["step"]), -(-total // seq_len)
     ramp = [stage for stage in train.get("batch_ramp") or [] if isinstance(stage, dict)]
     stages = [(-(-int(stage["until_tokens"]) // seq_len), int(stage["rows"])) for stage in ramp]
     for end, size in [*stages, (until, rows)]:

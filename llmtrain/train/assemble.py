@@ -55,7 +55,8 @@ from llmtrain.train.deadline import Deadline
 from llmtrain.train.engine import Engine
 from llmtrain.train.engines import open_engine
 from llmtrain.train.heartbeat import Heartbeat
-from llmtrain.train.loop import MFU_CONVENTION, Progress, RollBackError, held_out_sums, train
+from llmtrain.train.held_out import held_out_sums
+from llmtrain.train.loop import MFU_CONVENTION, Loop, Progress, RollBackError, StepPlace
 from llmtrain.train.memory_tier import MemoryTier, folder_in
 from llmtrain.train.optimizer import state_kinds
 from llmtrain.train.placement import fresh_weights, place
@@ -182,7 +183,6 @@ def run_training(
         start_up.mark("model")
         if preflight is not None:
             _from_rank_0(lambda: preflight.write(folder.path / REPORT_NAME, attempt=start.attempt))
-        stragglers = _straggler_report(cfg, heartbeat, stack)
         run = Run(cfg, folder, device, data, engine, config_text, command, {"determinism": facts})
         recorder, ledger = _begin_attempt(run, start, progress, reader, stack)
         roll_call.on_leave = partial(_say_stopped, recorder, progress)
@@ -199,16 +199,6 @@ def run_training(
         )
         stack.callback(saver.leave)
 
-        def save(progress: Progress, *, eval_loss: float | None, in_memory: bool) -> None:
-            state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | run.origin
-            state["spikes"] = watch.state()
-            if cfg.save.check_loss and not in_memory:
-                sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
-                assert sums is not None, "without a deadline"
-                state["check_loss"] = [*sums, CHECK_ROWS]
-                heartbeat.mark("save")
-            saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
-
         stack.push(roll_call.hold)
         capsules = None
         if rank == 0:
@@ -224,47 +214,32 @@ def run_training(
         stack.enter_context(kept(capsules, recorder))
         if watchdog is not None:
             watchdog.on_verdict = partial(keep, capsules, recorder, "hang")
-        first: StartUp | None = start_up
-        watch = _watch(cfg, reader, start.skipped)
+        loop = Loop(
+            cfg=cfg,
+            engine=engine,
+            batches=batches,
+            held_out=data.held_out,
+            progress=progress,
+            recorder=recorder,
+            ledger=ledger,
+            save=partial(_save, run, start),
+            saver=saver,
+            watch=_watch(cfg, reader, start.skipped),
+            tell_spike=partial(_tell_spike, run, batches, start.attempt),
+            deadline=deadline,
+            roll_call=roll_call,
+            start_up=start_up,
+            heartbeat=heartbeat,
+            capsules=capsules,
+            stragglers=_straggler_report(cfg, heartbeat, stack),
+        )
         try:
             while True:
                 try:
-                    is_over = train(
-                        cfg,
-                        engine,
-                        batches,
-                        data.held_out,
-                        progress,
-                        recorder,
-                        ledger,
-                        save,
-                        saver,
-                        watch,
-                        deadline,
-                        first,
-                        roll_call,
-                        partial(_tell_spike, run, batches, start.attempt),
-                        capsules,
-                        heartbeat,
-                        stragglers,
-                    )
+                    is_over = loop.run()
                     break
                 except RollBackError as wish:
-                    keep(capsules, recorder, "spike", wish)
-                    heartbeat.mark("start_up")
-                    saver.finish()
-                    if memory is not None:
-                        memory.forget()
-                    reader, windows = _go_back(run, wish, attempt=start.attempt)
-                    passed_over = PassedOver.of_windows(windows)
-                    vars(progress).update(vars(_load(cfg, engine, reader, data)))
-                    progress.on_disk = progress.step
-                    batches.pass_over(passed_over)
-                    watch = _watch(cfg, reader, windows)
-                    first = None
-                    recorder.event("rolled_back", progress.step, spike_step=wish.step, reason=str(wish))
-                    if ledger is not None:
-                        ledger.roll_back(step=progress.step, position=progress.position, skipped=passed_over)
+                    _roll_back(run, loop, memory, wish, attempt=start.attempt)
         except LLMTrainError as error:  # every rank has it
             if memory is not None and isinstance(error, DivergedError):
                 memory.leave()  # it may be from just before: people go back further
@@ -436,20 +411,38 @@ def _watch(cfg: TrainRoot, reader: CheckpointReader | None, skipped: list[Skippe
     )
 
 
-def _tell_spike(
-    run: Run, batches: Batches, attempt: int, verdict: Verdict, *, step: int, first: int, last: int, lr: float
-) -> None:
+def _tell_spike(run: Run, batches: Batches, attempt: int, verdict: Verdict, at: StepPlace) -> None:
     """Rank 0 notes which documents the step had. Whatever goes wrong is said, and the run goes on."""
     if dist.get_rank() != 0:
         return
     try:
-        positions = batches.positions(first, last)
+        positions = batches.positions(at.first, at.last)
         documents = documents_of(run.data, positions, packing=run.cfg.data.packing)
-        facts = {"lr": lr, "attempt": attempt, "documents": documents}
-        path = write_spike(run.folder.path, verdict, step=step, first=first, last=last, **facts)
-        log.info("what step %d had in it: %s", step, path)
+        facts = {"lr": at.lr, "attempt": attempt, "documents": documents}
+        path = write_spike(run.folder.path, verdict, step=at.step, first=at.first, last=at.last, **facts)
+        log.info("what step %d had in it: %s", at.step, path)
     except (LLMTrainError, OSError) as error:
-        log.warning("whose documents step %d had cannot be said: %s", step, error)
+        log.warning("whose documents step %d had cannot be said: %s", at.step, error)
+
+
+def _roll_back(run: Run, loop: Loop, memory: MemoryTier | None, wish: RollBackError, *, attempt: int) -> None:
+    """Have `loop` stand where it stood before what spiked, and pass over that from now on."""
+    keep(loop.capsules, loop.recorder, "spike", wish)
+    loop.heartbeat.mark("start_up")
+    loop.saver.finish()
+    if memory is not None:
+        memory.forget()
+    reader, windows = _go_back(run, wish, attempt=attempt)
+    passed_over = PassedOver.of_windows(windows)
+    progress = loop.progress
+    vars(progress).update(vars(_load(run.cfg, run.engine, reader, run.data)))
+    progress.on_disk = progress.step
+    loop.batches.pass_over(passed_over)
+    loop.watch = _watch(run.cfg, reader, windows)
+    loop.start_up = None
+    loop.recorder.event("rolled_back", progress.step, spike_step=wish.step, reason=str(wish))
+    if loop.ledger is not None:
+        loop.ledger.roll_back(step=progress.step, position=progress.position, skipped=passed_over)
 
 
 def _go_back(
@@ -644,7 +637,12 @@ def _load(cfg: TrainRoot, engine: Engine, reader: CheckpointReader | None, data:
         engine.loss_scale = reader.state["loss_scale"]
     _check_loss(cfg, engine, data, reader)
     log.info("resumed from %s: step %d, %d rows consumed", reader.path, reader.step, reader.state["position"])
-    return Progress(step=reader.step, position=reader.state["position"], owes_eval=_owes_eval(cfg, reader))
+    return Progress(
+        step=reader.step,
+        position=reader.state["position"],
+        targets=reader.state["targets"],
+        owes_eval=_owes_eval(cfg, reader),
+    )
 
 
 def _open_whole(cfg: TrainRoot, folder: RunFolder, start: Start) -> CheckpointReader | None:
@@ -784,6 +782,19 @@ def _ranks_that_save(cfg: TrainRoot) -> Ranks:
     return Ranks(dist.get_rank(), world_size, partial(_gather, group=group))
 
 
+def _save(run: Run, start: Start, loop: Loop, *, eval_loss: float | None, in_memory: bool) -> None:
+    """Begin a checkpoint of where `loop` stands."""
+    cfg, engine, data, progress = run.cfg, run.engine, run.data, loop.progress
+    state = _state(cfg, engine, data, start, progress, eval_loss=eval_loss) | run.origin
+    state["spikes"] = loop.watch.state()
+    if cfg.save.check_loss and not in_memory:
+        sums = held_out_sums(engine, data.held_out, cfg, max_rows=CHECK_ROWS)
+        assert sums is not None, "without a deadline"
+        state["check_loss"] = [*sums, CHECK_ROWS]
+        loop.heartbeat.mark("save")
+    loop.saver.save(progress.step, engine.pieces(), state, in_memory=in_memory)
+
+
 def _state(
     cfg: TrainRoot,
     engine: Engine,
@@ -796,7 +807,8 @@ def _state(
     """What a resume needs beside tensors, and what tells a reader how these weights came to be."""
     return {
         "position": progress.position,
-        "tokens": progress.position * cfg.data.seq_len,
+        "tokens": progress.position * cfg.data.seq_len,  # of the budget: input positions
+        "targets": progress.targets,
         "eval_loss": eval_loss,
         "owes_eval": progress.owes_eval,
         "num_optimizer_steps": engine.num_optimizer_steps,

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
+from enum import IntEnum
 
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from llmtrain.errors import LaunchError
+from llmtrain.errors import LaunchError, LLMTrainError
 from llmtrain.loader.ledger import MASK_64
 from llmtrain.parallel.groups import Groups
 
 _LOW_32 = 2**32 - 1
+
+
+class Agreement(IntEnum):
+    """What a rank brings; the highest of all ranks decides for all."""
+
+    go_on = 0
+    stop = 1
+    failed = 2
+
+
+class RankFailedError(LLMTrainError):
+    """A rank could not go on; the message is its own, with its number, on every rank."""
 
 
 def join_ranks(*, timeout_s: float) -> torch.device:
@@ -50,11 +64,11 @@ def join_ranks(*, timeout_s: float) -> torch.device:
     return device
 
 
-def agree(groups: Groups, device: torch.device, *, level: int, tokens_hash: int) -> tuple[int, int]:
+def agree(groups: Groups, device: torch.device, *, level: int, tokens_hash: int = 0) -> tuple[int, int]:
     """The highest level that any rank brings, and the sum of all hashes modulo 2^64, in one collective.
 
     Args:
-        level: 0 to 2.
+        level: an `Agreement`.
         tokens_hash: of this rank's rows; ranks that work on the same rows count once. Its halves are summed
             apart: nothing overflows below 2^31 ranks.
     """
@@ -67,6 +81,19 @@ def agree(groups: Groups, device: torch.device, *, level: int, tokens_hash: int)
     *counts, low, high = told.tolist()
     worst = max(each for each in range(3) if counts[each])
     return worst, (low + (high << 32)) & MASK_64
+
+
+def failure_of_all(mine: LLMTrainError | None) -> RankFailedError:
+    """The failures of all ranks, each with its number. Every rank calls this once one has failed."""
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, None if mine is None else str(mine))
+    told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None)
+    return RankFailedError(told)
+
+
+def warn_once(log: logging.Logger, text: str, *args: object) -> None:
+    """A warning that every rank has: rank 0 speaks."""
+    log.log(logging.WARNING if dist.get_rank() == 0 else logging.DEBUG, text, *args)
 
 
 def sum_once(groups: Groups, device: torch.device, *values: float, loss_rank: int = 0) -> list[float]:

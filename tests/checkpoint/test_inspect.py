@@ -18,6 +18,7 @@ from llmtrain.errors import CheckpointError
 
 STATE = {
     "tokens": 4096,
+    "targets": 4000,
     "position": 8,
     "eval_loss": 2.5,
     "world_size": 8,
@@ -48,11 +49,8 @@ def test_the_newest_of_a_run_is_told_with_the_layout_that_wrote_it(run: Path) ->
     assert (
         found.facts["written by"] == "pp_size=2 cp_size=1 tp_size=2 dp_size=2 engine=deepspeed zero_stage=1"
     )
-    assert (found.facts["tokens"], found.facts["held-out loss"], found.facts["precision"]) == (
-        4096,
-        2.5,
-        "bf16",
-    )
+    names = ("tokens of the budget", "valid targets", "held-out loss", "precision")
+    assert [found.facts[name] for name in names] == [4096, 4000, 2.5, "bf16"]
     assert "attempt" not in found.facts, "it is not there"
     exp_avg, weight = found.kinds
     assert (exp_avg.kind, exp_avg.num_elements) == ("exp_avg", 12)

@@ -35,7 +35,7 @@ def write_run(folder, shape, *, tokens, loss, done=1.0, ending="finished", last_
     folder.mkdir(parents=True)
     config = {
         "run": {"name": folder.name, "plan": None},
-        "data": {"folder": None, "seq_len": 64},
+        "data": {"folder": None, "seq_len": 1},
         "model": shape,
         "train": {"total_tokens": tokens, "global_batch_rows": 4},
     }
@@ -43,7 +43,7 @@ def write_run(folder, shape, *, tokens, loss, done=1.0, ending="finished", last_
     with MetricsFile(folder / "metrics.jsonl", attempt=1) as metrics:
         metrics.write("event", 0, what="start")
         for step in range(1, 11):
-            metrics.write("step", step, loss=loss + 0.2, tokens=int(tokens * done * step / 10))
+            metrics.write("step", step, loss=loss + 0.2, position=int(tokens * done * step / 10))
             if step in (5, last_eval):
                 metrics.write("eval", step, eval_loss=loss if step == last_eval else loss + 1)
         metrics.write("event", 10, what=ending)

@@ -18,7 +18,7 @@ def step(number, *, attempt=1, **fields):
         "grad_norm": 1.0,
         "tokens_per_s": 1e4,
         "mem_gib": 2.0,
-        "tokens": number * 80,
+        "position": number * 10,
     }
     record = {"kind": "step", "step": number, "attempt": attempt, "time": 1000.0 + number}
     return {**record, **values, **fields}

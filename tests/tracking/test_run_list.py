@@ -34,7 +34,7 @@ def write_run(folder, *, steps=(1, 10), attempt=1, what="start", ending=(), end_
     with MetricsFile(folder / "metrics.jsonl", attempt=attempt) as metrics:
         metrics.write("event", first - 1, what=what, time=end_at - (last - first + 1))
         for step in range(first, last + 1):
-            values = {"loss": 5 - step / 1e6, "tokens": step * 80, "tokens_per_s": 80.0, "step_s": step_s}
+            values = {"loss": 5 - step / 1e6, "position": step * 10, "tokens_per_s": 80.0, "step_s": step_s}
             at = end_at - (last - step)
             metrics.write("step", step, **{**values, "time": at, **fields})
         for event in ending:
@@ -363,7 +363,7 @@ def test_a_runs_length_is_the_trainers_from_every_step(ramp):
     expected = sizes.walk(0, -(-total_tokens // seq_len))[0]
     position = 0
     for step in range(expected):
-        assert total_steps(config, {"step": step, "tokens": position * seq_len}) == expected
+        assert total_steps(config, {"step": step, "position": position}) == expected
         position += sizes.rows_at(position)
 
 

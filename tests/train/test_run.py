@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,11 @@ def test_every_step_is_recorded_once_with_its_units(finished: Finished) -> None:
     ].keys()
     assert "mfu" not in steps[0], "no peak was given: MFU must be left out"
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.5
-    assert [line["tokens"] for line in steps] == [256 * step for step in range(1, 13)]
+    assert [line["position"] for line in steps] == [8 * step for step in range(1, 13)]
+    assert all(8 * 32 / 2 < line["num_valid"] < 8 * 32 for line in steps), "documents end in every batch"
+    assert [line["tokens"] for line in steps] == list(accumulate(line["num_valid"] for line in steps))
+    for line in steps:
+        assert line["tokens_per_s"] == pytest.approx(line["num_valid"] / line["step_s"])
 
 
 def test_mfu_is_told_when_a_peak_is_named(launcher: Launcher, data: Path, tmp_path: Path) -> None:

@@ -46,10 +46,13 @@ def arguments(data: Path, run: Path, *more: str, steps: int = STEPS) -> list[str
     )
 
 
+def of_steps(run: Path, name: str) -> dict[int, float]:
+    steps = (line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step")
+    return {line["step"]: line[name] for line in steps}
+
+
 def losses(run: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "step"
-    }
+    return of_steps(run, "loss")
 
 
 def events(run: Path, what: str) -> list[dict[str, Any]]:
@@ -80,6 +83,7 @@ def test_a_rollback_ends_as_a_run_that_never_had_those_rows(
     assert (spike["step"], spike["action"], spike["first"], spike["last"]) == (BAD_STEP, "rollback", *WINDOW)
     assert (back["step"], back["spike_step"]) == (30, BAD_STEP)
     assert losses(run) == losses(without), "to the last bit"
+    assert of_steps(run, "tokens") == of_steps(without, "tokens")
     assert [(each.first, each.last) for each in read_skipped(run / SKIPPED_NAME)] == [WINDOW]
     ledger = read_ledger(run / LEDGER_NAME)
     assert list(contradictions(ledger)) == []
@@ -115,6 +119,9 @@ def test_a_skipped_step_updates_nothing_and_is_told(
     found = losses(run)
     assert found.pop(BAD_STEP) > 1.5 * found[BAD_STEP - 1]
     assert list(found.values()) == list(losses(without).values()), "to the last bit"
+    learned = of_steps(run, "tokens")
+    assert learned.pop(BAD_STEP) == learned[BAD_STEP - 1], "nothing was learned from it"
+    assert list(learned.values()) == list(of_steps(without, "tokens").values())
     withheld = [line["step"] for line in read_metrics(run / "metrics.jsonl") if line.get("withheld")]
     assert withheld == [BAD_STEP]
     assert f"step {BAD_STEP}, rows {WINDOW[0]} to {WINDOW[1]}: grad_norm=" in text
