@@ -9,6 +9,7 @@ nothing is lost before the first step.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -30,6 +31,8 @@ BEAT_S = 1.0
 REMIND_S = 30.0
 """How often rank 0 says whom it waits for."""
 LEAVE_POLL_S = 0.05
+ALONE_S = 10.0
+"""A rank that has to leave, and finds no place where ranks meet for so long, leaves alone."""
 LAST_WORDS_S = 3.0
 """What the other ranks get to read who is lost before the store goes with rank 0."""
 
@@ -69,7 +72,8 @@ class RollCall:
 
     def _run(self) -> None:
         try:
-            store = self._connect()
+            if (store := self._connect()) is None:
+                return
         except (dist.DistError, RuntimeError):
             return  # ranks do not meet at all: joining the group says why
         me = f"{socket.gethostname()}, process {os.getpid()}"
@@ -101,14 +105,29 @@ class RollCall:
                     )
             self._is_over.wait(BEAT_S)
 
-    def _connect(self) -> Store:
-        client = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=timedelta(seconds=600),
-        )
+    def _connect(self) -> Store | None:
+        place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        if not self._wait_for(place):
+            return None
+        client = TCPStore(*place, is_master=False, timeout=timedelta(seconds=600))
         return PrefixStore(f"roll call {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", client)
+
+    def _wait_for(self, place: tuple[str, int]) -> bool:
+        """Until somebody listens there: rank 0, which may have been ended before it came. False: the start is
+        over."""
+        due_since = None
+        while not self._is_over.is_set():
+            with contextlib.suppress(OSError), socket.create_connection(place, timeout=BEAT_S):
+                return True
+            reason = self.deadline.reason() if self.deadline is not None else None
+            if reason is not None:
+                due_since = due_since or time.monotonic()
+                if time.monotonic() - due_since > ALONE_S:
+                    log.warning("%s, and nobody is at %s:%d: rank %d leaves", reason, *place, self.rank)
+                    logging.shutdown()
+                    os._exit(leave_with(EXIT_AGAIN))
+            self._is_over.wait(BEAT_S)
+        return False
 
     def _listen(self, store: Store) -> str | None:
         """A sentence about a rank that has come and is not heard any more."""

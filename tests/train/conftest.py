@@ -1,36 +1,24 @@
-"""Runs of `llmtrain train` without paying for torch's and DeepSpeed's import each time.
-
-A fork server imports them once; every rank of every run is a fork of it, a process of its own that can be
-killed.
-"""
+"""Runs of `llmtrain train` without paying for torch's and DeepSpeed's import each time: see `forked`."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from data_folder import Finished, train_arguments, write_data_folder
 from ranks import free_port
 
 
-def _be_a_rank(arguments: Sequence[str], environment: Mapping[str, str], output: str) -> None:
-    """Become `llmtrain <arguments>` with its output in a file."""
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _be_a_rank(arguments: Sequence[str], *place: Any) -> None:
+    """Do as `llmtrain <arguments>` would."""
+    forked.become(*place)
     from llmtrain.cli.main import main  # noqa: PLC0415  in the rank, not in the server
 
     sys.argv = ["llmtrain", *arguments]
@@ -69,27 +57,14 @@ class Run:
 
 class Launcher:
     def __init__(self, folder: Path) -> None:
-        self._context = multiprocessing.get_context("forkserver")
         self._folder = folder
         self._count = 0
         self._runs: list[Run] = []
-        self._server: int | None = None
 
     def close(self) -> None:
         """Leave no process behind, whatever a test did."""
         for run in self._runs:
             run.kill()
-
-    def _keep_server(self) -> None:
-        """Fork from a server that knows torch: other tests of this process stop ours and start theirs."""
-        if self._server is None or forkserver._forkserver._forkserver_pid != self._server:
-            forkserver._forkserver._stop()
-            slow_to_import = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo"]
-            self._context.set_forkserver_preload(
-                ["llmtrain.train.assemble", "llmtrain.train.deepspeed_engine", *slow_to_import]
-            )
-            forkserver.ensure_running()
-            self._server = forkserver._forkserver._forkserver_pid
 
     def start(
         self,
@@ -100,9 +75,8 @@ class Launcher:
         **environment: str,
     ) -> Run:
         """`own`: more arguments, of a rank alone."""
-        self._keep_server()
         self._count += 1
-        shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        shared = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if num_ranks > 1:
             shared |= {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
             shared |= {"MASTER_PORT": str(free_port())}
@@ -111,12 +85,8 @@ class Launcher:
         for rank in range(num_ranks):
             number = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             output = self._folder / f"{self._count}-{rank}.txt"
-            process = self._context.Process(
-                target=_be_a_rank,
-                args=([*arguments, *own(rank)], shared | number | environment, str(output)),
-            )
-            process.start()
-            run.processes.append(process)
+            place = (output, output, shared | number | environment)
+            run.processes.append(forked.start(_be_a_rank, [*arguments, *own(rank)], *place))
             run.outputs.append(output)
         return run
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from data_folder import train_arguments, wait_for, write_data_folder
+from ranks import free_port
 
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.loader.ledger import LEDGER_NAME, contradictions, read_ledger
@@ -144,6 +145,21 @@ def test_the_last_evaluation_is_made_up_for(launcher: Launcher, tmp_path: Path) 
     assert [line["what"] for line in read_lines(folder / "metrics.jsonl") if "what" in line][-1] == "finished"
     last = CheckpointReader(folder / "checkpoints/step-00000010").state
     assert (last["eval_loss"], last["owes_eval"]) == (outcomes(folder)["eval"][-1][1], False)
+
+
+def test_a_rank_that_is_to_leave_and_meets_nobody_leaves(
+    launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    """The others were ended before they listened."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    arguments = arguments_of(data, tmp_path / "run", 10)
+    run = launcher.start(arguments, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2", **place)
+    status = Path(f"/proc/{run.processes[0].pid}/status")
+    is_sigterm_caught = 1 << signal.SIGTERM - 1
+    wait_for(lambda: int(status.read_text().partition("SigCgt:")[2].split()[0], 16) & is_sigterm_caught != 0)
+    run.signal(signal.SIGTERM)
+    assert run.wait() == EXIT_AGAIN, run.text()
+    assert f"SIGTERM, and nobody is at 127.0.0.1:{place['MASTER_PORT']}: rank 1 leaves" in run.text()
 
 
 def test_a_time_limit_saves_and_leaves(launcher: Launcher, data: Path, tmp_path: Path) -> None:
