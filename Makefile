@@ -28,7 +28,8 @@ demo: setup
 	@launch/demo.sh
 
 # Two at a time, whatever the machine has: many tests start two to four processes of their own.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# They start some thousand processes: compiled modules are kept, even where the environment says otherwise.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: setup
 	$(PYTEST)

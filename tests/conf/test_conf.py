@@ -2,10 +2,10 @@
 
 import importlib
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -85,15 +85,8 @@ def options():
     ]
 
 
-def hydra_verb(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "llmtrain.cli.main", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def hydra_verb(*arguments, cwd, server=forked.HYDRA):
+    return forked.verb(*arguments, cwd=cwd, server=server)
 
 
 def test_every_verb_has_a_root_yaml_and_every_root_yaml_a_verb():
@@ -124,10 +117,10 @@ def test_every_option_of_every_group_makes_a_valid_config(group, option):
 @pytest.mark.parametrize("verb", sorted(path.stem for path in CONF.glob("*.yaml")))
 def test_help_and_cfg_job_work_without_the_values_a_run_needs(verb, tmp_path):
     words = TYPED[verb]
-    shown = hydra_verb(*words.split(), "--help", cwd=tmp_path)
+    shown = hydra_verb(*words.split(), "--help", cwd=tmp_path, server=forked.TORCH)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.startswith(f"llmtrain {words} is powered by Hydra"), "set hydra.help.app_name"
-    job = hydra_verb(*words.split(), "--cfg", "job", cwd=tmp_path)
+    job = hydra_verb(*words.split(), "--cfg", "job", cwd=tmp_path, server=forked.TORCH)
     assert job.returncode == 0, job.stderr
     assert isinstance(yaml.safe_load(job.stdout), dict)
     assert not list(tmp_path.iterdir()), "Hydra wrote something of its own"

@@ -1,5 +1,5 @@
-"""Processes that begin with torch and DeepSpeed imported, which takes four times as long as most of what they
-are to do: each is a fork of a server that has imported them, and can be killed like any other."""
+"""Processes that begin with what they need imported, which often takes longer than all that they do: each is a
+fork of a server that has imported it, and can be killed like any other."""
 
 from __future__ import annotations
 
@@ -7,44 +7,57 @@ import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = [
-    "llmtrain.train.assemble",
-    "llmtrain.train.deepspeed_engine",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "torch._dynamo",
-]
-SERVER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-"""Read when torch and DeepSpeed are imported."""
-
 _context = multiprocessing.get_context("forkserver")
-_server: int | None = None
 
 
-def start(be: Callable[..., None], *arguments: object) -> BaseProcess:
-    """A started process that calls `be`, a function of a module, and ends."""
-    global _server
-    if _server is None or forkserver._forkserver._forkserver_pid != _server:
-        # Other tests of this process have a server that knows less: it is stopped, and they start another.
-        forkserver._forkserver._stop()
-        _context.set_forkserver_preload(PRELOADED)
-        before = {name: os.environ.get(name) for name in SERVER_ENVIRONMENT}
-        os.environ.update(SERVER_ENVIRONMENT)
-        forkserver.ensure_running()
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-        _server = forkserver._forkserver._forkserver_pid
-    process = _context.Process(target=be, args=arguments)
-    process.start()
-    return process
+@dataclass
+class Server:
+    """Of one kind at a time: whoever wants another stops it."""
+
+    modules: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    """In which it imports them."""
+    pid: int | None = None
+
+    def start(self, be: Callable[..., None], *arguments: object) -> BaseProcess:
+        """A started process that calls `be`, a function of a module, and ends."""
+        if self.pid is None or forkserver._forkserver._forkserver_pid != self.pid:
+            forkserver._forkserver._stop()
+            _context.set_forkserver_preload(self.modules)
+            before = {name: os.environ.get(name) for name in self.environment}
+            os.environ.update(self.environment)
+            forkserver.ensure_running()
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+            self.pid = forkserver._forkserver._forkserver_pid
+        process = _context.Process(target=be, args=arguments)
+        process.start()
+        return process
+
+
+TORCH = Server(
+    [
+        "llmtrain.train.assemble",
+        "llmtrain.train.deepspeed_engine",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "torch._dynamo",
+    ],
+    {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+)
+HYDRA = Server(["llmtrain.cli.plan", "llmtrain.cli.train", "llmtrain.cli.data"])
+"""Without torch, as a verb is that needs none."""
 
 
 def become(output: Path, errors: Path, environment: Mapping[str, str]) -> None:
@@ -65,3 +78,39 @@ def be_script(script: str, arguments: list[str], *place: Any) -> None:
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")
+
+
+def be_verb(arguments: list[str], *place: Any) -> None:
+    """Do as `llmtrain <arguments>` would."""
+    become(*place)
+    from llmtrain.cli.main import main  # noqa: PLC0415  in the process, not in the server
+
+    sys.argv = ["llmtrain", *arguments]
+    main()
+
+
+def _be_verb_in(folder: str | None, arguments: list[str], *place: Any) -> None:
+    if folder is not None:
+        os.chdir(folder)
+    be_verb(arguments, *place)
+
+
+def verb(
+    *arguments: str,
+    cwd: Path | None = None,
+    server: Server = HYDRA,
+    timeout_s: float = 60.0,
+    **environment: str,
+) -> subprocess.CompletedProcess[str]:
+    """What `llmtrain <arguments>` says."""
+    with tempfile.TemporaryDirectory() as name:
+        output, errors = Path(name, "out"), Path(name, "err")
+        folder = None if cwd is None else str(cwd)
+        place = (output, errors, {**os.environ, **environment})
+        process = server.start(_be_verb_in, folder, list(arguments), *place)
+        process.join(timeout_s)
+        process.kill()
+        process.join()
+        return subprocess.CompletedProcess(
+            arguments, process.exitcode, output.read_text(), errors.read_text()
+        )

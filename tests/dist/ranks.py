@@ -27,7 +27,7 @@ def run_ranks(script: Path, *arguments: str, num_ranks: int, timeout_s: float = 
     """
     environment = {
         **os.environ,
-        **forked.SERVER_ENVIRONMENT,
+        **forked.TORCH.environment,
         "WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -36,7 +36,7 @@ def run_ranks(script: Path, *arguments: str, num_ranks: int, timeout_s: float = 
         outputs = [Path(name, f"{rank}.out") for rank in range(num_ranks)]
         errors = [Path(name, f"{rank}.err") for rank in range(num_ranks)]
         processes = [
-            forked.start(
+            forked.TORCH.start(
                 forked.be_script,
                 *(str(script), list(arguments), outputs[rank], errors[rank]),
                 environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},

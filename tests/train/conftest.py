@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +13,6 @@ import forked
 import pytest
 from data_folder import Finished, train_arguments, write_data_folder
 from ranks import free_port
-
-
-def _be_a_rank(arguments: Sequence[str], *place: Any) -> None:
-    """Do as `llmtrain <arguments>` would."""
-    forked.become(*place)
-    from llmtrain.cli.main import main  # noqa: PLC0415  in the rank, not in the server
-
-    sys.argv = ["llmtrain", *arguments]
-    main()
 
 
 @dataclass
@@ -86,7 +76,7 @@ class Launcher:
             number = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             output = self._folder / f"{self._count}-{rank}.txt"
             place = (output, output, shared | number | environment)
-            run.processes.append(forked.start(_be_a_rank, [*arguments, *own(rank)], *place))
+            run.processes.append(forked.TORCH.start(forked.be_verb, [*arguments, *own(rank)], *place))
             run.outputs.append(output)
         return run
 

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import forked
 import pytest
 from data_folder import train_arguments, write_data_folder
 
@@ -21,13 +22,7 @@ if TYPE_CHECKING:
 
 
 def check(*arguments: str, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "llmtrain.cli.main", *arguments, "check_only=true"],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    done = forked.verb(*arguments, "check_only=true", **environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -36,10 +31,16 @@ def test_a_good_run_is_checked_in_under_5_seconds_without_torch(data: Path, tmp_
         "import sys\nsys.modules['torch'] = None  # importing it is an error\n"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    status, text = check(
-        *train_arguments(data, tmp_path / "run", "parallel.world_size=2"), PYTHONPATH=str(tmp_path)
+    arguments = train_arguments(data, tmp_path / "run", "parallel.world_size=2", "check_only=true")
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtrain.cli.main", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        check=False,
     )
-    assert status == 0, text
+    text = done.stdout + done.stderr
+    assert done.returncode == 0, text
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     # of the processor: what else the machine does is not the check's
     assert spent.ru_utime + spent.ru_stime - before.ru_utime - before.ru_stime < 5
