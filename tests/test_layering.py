@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmtrain"
 
-BASE = {"errors", "units", "log", "files", "rng", "progress", "compiled"}
+BASE = {"errors", "units", "log", "files", "rng", "progress", "compiled", "parent"}
 
 MAY_IMPORT = {  # room -> what it may import besides the base modules, as dotted prefixes below llmtrain
     "data": {"data"},

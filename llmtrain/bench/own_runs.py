@@ -37,8 +37,8 @@ from llmtrain.data.manifest import FORMAT_VERSION, Manifest, ShardEntry, Tokeniz
 from llmtrain.data.pack import write_plan
 from llmtrain.data.shards import ShardWriter
 from llmtrain.errors import ConfigError, LLMTrainError, unknown_name
-from llmtrain.launch.parent import PARENT_VARIABLE
 from llmtrain.model.config import ModelConfig
+from llmtrain.parent import PARENT_VARIABLE
 from llmtrain.planner.calibrate import Observation, calibrate
 from llmtrain.planner.cost.architecture import from_model_config
 from llmtrain.planner.cost.cluster import THIS_MACHINE, Cluster, this_cpu

@@ -17,9 +17,9 @@ from llmtrain.cli.compose import fail, given_settings, run_verb, sweep_folder
 from llmtrain.cli.listen import listening
 from llmtrain.errors import ConfigError, LLMTrainError
 from llmtrain.launch.environment import array_job
-from llmtrain.launch.parent import PARENT_VARIABLE, end_with_parent
 from llmtrain.log import setup_logging, world_size
 from llmtrain.parallel.config import EngineKind
+from llmtrain.parent import PARENT_VARIABLE, end_with_parent
 from llmtrain.tracking.config import WandbMode, sweep_group
 from llmtrain.train.check import check_train
 from llmtrain.train.config import TrainRoot

@@ -32,12 +32,12 @@ from torch import Tensor
 import llmtrain
 from llmtrain import files
 from llmtrain.errors import LaunchError
-from llmtrain.launch.parent import PARENT_VARIABLE
 from llmtrain.loader.batches import Batch
 from llmtrain.model.dropout import token_keys
 from llmtrain.model.init import build_transformer
 from llmtrain.model.transformer import Transformer
 from llmtrain.parallel.config import EngineKind
+from llmtrain.parent import PARENT_VARIABLE
 from llmtrain.train import certificate
 from llmtrain.train.config import OptimizerConfig, OptimizerKind, TrainRoot
 from llmtrain.train.shrink import Shrunk

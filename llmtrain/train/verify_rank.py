@@ -29,7 +29,6 @@ from llmtrain.checkpoint.config import SaveConfig
 from llmtrain.checkpoint.format import FlatSource
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.write import Ranks, save_checkpoint
-from llmtrain.launch.parent import end_with_parent
 from llmtrain.loader.batches import Batch, to_batch
 from llmtrain.loader.dataset import NO_TARGET, Row
 from llmtrain.model.config import ModelConfig
@@ -37,6 +36,7 @@ from llmtrain.model.init import initial_weight
 from llmtrain.parallel.config import EngineKind
 from llmtrain.parallel.groups import build_groups
 from llmtrain.parallel.topology import Topology
+from llmtrain.parent import end_with_parent
 from llmtrain.train.config import TrainRoot
 from llmtrain.train.engine import Engine, StepResult
 from llmtrain.train.engines import open_engine

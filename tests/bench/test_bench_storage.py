@@ -11,6 +11,7 @@ from llmtrain.bench.table import BenchConfig
 from llmtrain.errors import ConfigError
 
 
+@pytest.mark.slow
 def test_checkpoint_topic_measures_save_restore_verify_and_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

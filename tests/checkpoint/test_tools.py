@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -480,8 +481,7 @@ def test_two_threads_never_share_the_memory_of_a_tensor() -> None:
 
 
 def run_verb(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmtrain.cli.main", "checkpoint", *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
+    return forked.verb("checkpoint", *arguments, cwd=REPOSITORY, server=forked.TORCH)
 
 
 def test_the_commands_print_what_they_made_and_say_what_is_wrong(source: Path, tmp_path: Path) -> None:

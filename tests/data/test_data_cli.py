@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 
 from llmtrain.data.manifest import read_manifest
 
 
 def llmtrain_data(tmp_path: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmtrain.cli.main", "data", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    return forked.verb("data", *overrides, cwd=tmp_path)
 
 
 def test_a_corpus_becomes_a_folder_and_a_summary(

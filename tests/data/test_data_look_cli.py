@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from llmtrain.cli import data_explain, data_trace
@@ -31,8 +31,7 @@ def folder(write_jsonl: Callable[..., Path], jsonl_config: Callable[..., Any], t
 
 
 def typed(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llmtrain.cli.main", "data", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return forked.verb("data", *words)
 
 
 def test_a_trace_leads_to_an_explanation(folder: Path) -> None:

@@ -80,6 +80,13 @@ def be_script(script: str, arguments: list[str], *place: Any) -> None:
     runpy.run_path(script, run_name="__main__")
 
 
+def script(
+    path: Path, *arguments: str, timeout_s: float = 280.0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """What `python <path> <arguments>` says, with torch and DeepSpeed imported."""
+    return _finished(TORCH, be_script, str(path), list(arguments), timeout_s, environment)
+
+
 def be_verb(arguments: list[str], *place: Any) -> None:
     """Do as `llmtrain <arguments>` would."""
     become(*place)
@@ -99,15 +106,25 @@ def verb(
     *arguments: str,
     cwd: Path | None = None,
     server: Server = HYDRA,
-    timeout_s: float = 60.0,
+    timeout_s: float = 120.0,
     **environment: str,
 ) -> subprocess.CompletedProcess[str]:
     """What `llmtrain <arguments>` says."""
+    folder = None if cwd is None else str(cwd)
+    return _finished(server, _be_verb_in, folder, list(arguments), timeout_s, environment)
+
+
+def _finished(
+    server: Server,
+    be: Callable[..., None],
+    what: str | None,
+    arguments: list[str],
+    timeout_s: float,
+    environment: Mapping[str, str],
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as name:
         output, errors = Path(name, "out"), Path(name, "err")
-        folder = None if cwd is None else str(cwd)
-        place = (output, errors, {**os.environ, **environment})
-        process = server.start(_be_verb_in, folder, list(arguments), *place)
+        process = server.start(be, what, arguments, output, errors, {**os.environ, **server.environment, **environment})
         process.join(timeout_s)
         process.kill()
         process.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from ranks import run_ranks
 
+from llmtrain.bench import ranks
 from llmtrain.train.config import Precision
 from llmtrain.train.engines import _warn_of_unheard
 
@@ -106,8 +108,9 @@ def test_clipping_is_at_work_in_the_reference() -> None:
 
 @cache
 def looks() -> list[dict[str, Any]]:
-    """What each of 3 ranks saw."""
-    return run_ranks(Path(accelerate_worker.__file__), num_ranks=3)
+    """What each of 3 ranks saw: new processes, for what they have imported is looked at."""
+    command = [sys.executable, accelerate_worker.__file__]
+    return ranks.run_ranks(command, num_ranks=3, timeout_s=240)
 
 
 def test_a_run_goes_on_with_other_parts_of_the_same_numbers() -> None:

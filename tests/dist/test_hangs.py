@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from ranks import REPOSITORY
 
@@ -50,15 +51,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
         | {"rank 0": {"fault": "is stopped", "victim": 0}}
         | {engine: {"fault": "sleeps", "layout": layout} for engine, layout in OTHER_ENGINES.items()},
     }
-    shared = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), json.dumps(plan)],
-        env=os.environ | shared | {"PYTHONPATH": f"{REPOSITORY}:{WORKER.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+    done = forked.script(WORKER, json.dumps(plan))
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout.splitlines()[-1])
 

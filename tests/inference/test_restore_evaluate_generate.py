@@ -7,12 +7,12 @@ import json
 import lzma
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -319,12 +319,12 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 def test_the_command_prints_text_and_a_mistake_ends_in_one_line(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run()
-    command = [sys.executable, "-m", "llmtrain.cli.main", "generate", f"checkpoint={run}", "max_new_tokens=5"]
-    done = subprocess.run(
-        [*command, "prompt=the, {model}"], capture_output=True, text=True, cwd=tmp_path, check=False
+    generate = partial(
+        forked.verb, *("generate", f"checkpoint={run}", "max_new_tokens=5"), cwd=tmp_path, server=forked.TORCH
     )
+    done = generate("prompt=the, {model}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("the, {model}")
-    wrong = subprocess.run([*command, "top_p=2"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    wrong = generate("top_p=2")
     assert wrong.returncode == 2
     assert wrong.stderr.strip() == "error: top_p=2.0 must be above 0 and at most 1; 1 switches it off"

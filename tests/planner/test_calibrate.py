@@ -204,6 +204,7 @@ def test_students_quantile(freedom, expected):
     assert student_90(freedom) == pytest.approx(expected, abs=2e-3)  # tables of Student's t, 90%
 
 
+@pytest.mark.slow
 def test_eighty_percent_intervals_hold_eight_in_ten():
     """Runs whose logarithms scatter by the spread believed in: another one lies inside as often as
     promised."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import forked
 import pytest
 import yaml
 
@@ -12,14 +13,7 @@ from llmtrain.planner.runs import differences
 
 
 def plan_verb(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "llmtrain.cli.main", "plan", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return forked.verb("plan", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

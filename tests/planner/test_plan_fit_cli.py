@@ -1,9 +1,8 @@
 """`llmtrain plan fit` on run folders, tables and wrong input."""
 
 import json
-import subprocess
-import sys
 
+import forked
 import pytest
 import yaml
 
@@ -164,14 +163,7 @@ def test_the_fit_of_a_sweep_finds_the_surface_its_runs_lie_on(ladder, tmp_path, 
 
 
 def fit_verb(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "llmtrain.cli.main", "plan", "fit", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return forked.verb("plan", "fit", *arguments, cwd=cwd, timeout_s=120)
 
 
 def test_the_verb_prints_the_fit_and_writes_its_json(ladder):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import forked
 import pytest
 from data_folder import Finished, train_arguments
 from omegaconf import OmegaConf
@@ -365,13 +363,7 @@ def test_nothing_reads_what_is_refused(data: Path, tmp_path: Path) -> None:
         train_arguments(data, tmp_path / name, "train.total_tokens=1024", *fixed, *free)
         for name, (fixed, free) in cases.items()
     ]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("unread_worker.py")), json.dumps(lists)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"DS_ACCELERATOR": "cpu"},
-    )
+    done = forked.script(Path(__file__).with_name("unread_worker.py"), json.dumps(lists))
     assert done.stdout.split() == ["0"] * 4, done.stderr
     for name in ("here", "there"):
         assert written(tmp_path / name) == written(tmp_path / f"{name}-set")
@@ -425,12 +417,7 @@ def test_everything_forbidden_is_named_at_once(finished: Finished) -> None:
 @pytest.mark.parametrize("mode", ["check_only=true", "check_only=false"])
 def test_a_default_on_the_command_line_that_nothing_reads_is_refused(finished: Finished, mode: str) -> None:
     given = ["schedule.decay_shape=linear", "optimizer={momentum: 0.95}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "llmtrain.cli.main", *finished.arguments, "run.folder=nowhere", *given, mode],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.verb(*finished.arguments, "run.folder=nowhere", *given, mode)
     assert done.returncode == EXIT_FAILED
     assert "schedule.decay_shape=linear is read by nothing with schedule.kind=cosine" in done.stderr
     assert "optimizer.momentum=0.95 is read by nothing with optimizer.kind=adamw" in done.stderr
@@ -478,13 +465,5 @@ def test_a_change_of_the_layout_is_refused_where_the_bits_are_promised() -> None
 
 
 def check(finished: Finished, *overrides: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "llmtrain.cli.main", *finished.arguments),
-            *("run.intent=resume", *overrides, "check_only=true"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forked.verb(*finished.arguments, "run.intent=resume", *overrides, "check_only=true")
     return done.returncode, done.stdout + done.stderr

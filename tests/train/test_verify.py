@@ -24,6 +24,7 @@ from llmtrain.loader.config import LoaderConfig
 from llmtrain.model.config import Family, ModelConfig
 from llmtrain.parallel.compatibility import problems
 from llmtrain.parallel.config import ContextKind, ParallelConfig, PipelineSchedule
+from llmtrain.parent import PARENT_VARIABLE
 from llmtrain.train import verify
 from llmtrain.train.certificate import belongs_to, certificate_path, missing, read_certificate
 from llmtrain.train.check import check_train, layout_of
@@ -308,7 +309,7 @@ def start(tmp_path: Path, program: str, *, timeout_s: float = 60.0) -> None:
 def test_a_rank_whose_starter_is_gone_ends_at_once(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "llmtrain.train.verify_rank", str(tmp_path)],
-        env=os.environ | {"LLMTRAIN_VERIFY_PID": "1"},
+        env=os.environ | {PARENT_VARIABLE: "1"},
         capture_output=True,
         text=True,
         check=False,

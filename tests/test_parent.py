@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 
-from llmtrain.launch.parent import PARENT_VARIABLE
+from llmtrain.parent import PARENT_VARIABLE
 
 CHILD = """
 import sys
-from llmtrain.launch.parent import end_with_parent
+from llmtrain.parent import end_with_parent
 end_with_parent()
 print("begun", flush=True)
 sys.stdin.read()
