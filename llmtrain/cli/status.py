@@ -85,7 +85,7 @@ def status_table(runs: list[RunStatus], root: Path) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("run", overflow="fold", min_width=8)
     table.add_column("state", no_wrap=True)
-    for heading in ("step", "loss", "tokens/s", "left", "heard", "tries", "goodput"):
+    for heading in ("step", "loss", "tokens/s", "left", "heard", "beat", "tries", "goodput"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("note", overflow="fold", min_width=8)
     for run in runs:
@@ -97,6 +97,7 @@ def status_table(runs: list[RunStatus], root: Path) -> Table:
             "–" if run.tokens_per_s is None else format_count(run.tokens_per_s),
             "–" if run.left_s is None else format_duration(run.left_s),
             "–" if run.heard_s is None else f"{format_duration(run.heard_s)} ago",
+            "–" if run.pulse is None else f"{format_duration(run.pulse.age_s)} ago",
             *(str(run.attempts), _goodput(run), Text(printable(run.note), style="dim")),
         )
     return table

@@ -14,6 +14,7 @@ from rich.live import Live
 
 from llmtrain.cli.compose import run_verb
 from llmtrain.errors import ConfigError, DataError
+from llmtrain.tracking.beats import pulse_of
 from llmtrain.tracking.console import Terminal
 from llmtrain.tracking.follow import MetricsFollower
 from llmtrain.tracking.live_view import RunView, local_clock, silent_words
@@ -21,6 +22,9 @@ from llmtrain.tracking.metrics import Record
 from llmtrain.tracking.run_data import as_number
 from llmtrain.tracking.run_events import told
 from llmtrain.tracking.run_list import CONFIG_NAME, METRICS_NAME, age_s, config_parts
+
+PULSE_AFTER_S = 10.0
+"""Without a record for so long, the picture says what rank 0 writes of itself."""
 
 
 @dataclass(kw_only=True)
@@ -97,6 +101,11 @@ class Watcher:
         last = self.view.last_record or {}
         return age_s(as_number(last.get("time")), self._follower.modified, time.time()) or 0.0
 
+    def pulse_words(self) -> str:
+        """Whether rank 0 still writes, and where it is; empty where its file does not say."""
+        pulse = pulse_of(self.folder, attempt=self.view.attempt, now=time.time())
+        return "" if pulse is None else pulse.words
+
     @property
     def is_behind(self) -> bool:
         return self._follower.is_behind
@@ -116,11 +125,13 @@ def _on_a_terminal(cfg: WatchConfig, watcher: Watcher) -> None:
     plain = not (terminal.encoding or "").lower().startswith("utf")
 
     def screen() -> Any:
+        silent_s = watcher.silent_s()
         return watcher.view.render(
             width=terminal.width,
             height=terminal.height,
-            silent_s=watcher.silent_s(),
+            silent_s=silent_s,
             silent_after_s=cfg.silent_after_s,
+            pulse=watcher.pulse_words() if silent_s > PULSE_AFTER_S else "",
             plain=plain,
         )
 
@@ -156,7 +167,7 @@ def _as_lines(cfg: WatchConfig, watcher: Watcher) -> None:
         silent_s = watcher.silent_s()
         if not is_silent and silent_s > cfg.silent_after_s:
             is_silent = True
-            print(silent_words(silent_s), flush=True)
+            print("; ".join(filter(None, [silent_words(silent_s), watcher.pulse_words()])), flush=True)
 
 
 def _line_of(record: Record, view: RunView, log_every_steps: int) -> str | None:

@@ -20,11 +20,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmtrain.units import format_duration
+
 BLOCK_BYTES = 16384
 """More than a beat with its last collectives is; stacks are appended once, when something is wrong."""
 TORN_S = 0.05
 """Between two tries to read a file that is being written."""
 NAME = re.compile(r"rank-(\d+)\.beat")
+RANKS_NAME = "ranks"
+"""The folder of a run in which they are."""
+LIVES_S = 60.0
+"""A process that wrote so lately lives: it writes every second, and a shared file system may be late."""
 
 
 class Collective(NamedTuple):
@@ -197,6 +203,37 @@ def read_beats(folder: Path, ranks: Iterable[int], *, token: str) -> dict[int, B
     """Those of this launch that are there."""
     found = {rank: read_beat(beat_path(folder, rank), token=token) for rank in ranks}
     return {rank: beat for rank, beat in found.items() if beat is not None}
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """Rank 0 of a run, as its file has it."""
+
+    age_s: float
+    """Seconds since it was written, by the clock of the file system."""
+    at: str
+    """Where the rank was then."""
+    for_s: float
+    """How long it had been there."""
+
+    @property
+    def words(self) -> str:
+        if self.age_s > LIVES_S:
+            return f"rank 0 wrote last {format_duration(self.age_s)} ago, at {self.at}"
+        return f"rank 0 lives, at {self.at}, for {format_duration(self.for_s + self.age_s)}"
+
+
+def pulse_of(run: Path, *, attempt: int, now: float) -> Pulse | None:
+    """None where that attempt's rank 0 has written nothing, or has left."""
+    path = beat_path(run / RANKS_NAME, 0)
+    beat = read_beat(path)
+    if beat is None or beat.attempt != attempt or beat.end is not None:
+        return None
+    try:
+        age_s = max(0.0, now - path.stat().st_mtime)
+    except OSError:
+        return None
+    return Pulse(age_s, beat.at, beat.age_s)
 
 
 def _beat_of(told: dict[str, Any]) -> Beat:

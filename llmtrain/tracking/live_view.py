@@ -179,12 +179,20 @@ class RunView:
         return f"step {self.step:,}" + (f" of {total:,}{share}" if total else "")
 
     def render(
-        self, *, width: int, height: int, silent_s: float, silent_after_s: float, plain: bool = False
+        self,
+        *,
+        width: int,
+        height: int,
+        silent_s: float,
+        silent_after_s: float,
+        pulse: str = "",
+        plain: bool = False,
     ) -> RenderableType:
         """The screen, at most `height` rows of `width` columns.
 
         Args:
             silent_s: since the last record.
+            pulse: what rank 0 writes of itself; empty: nothing.
             plain: ASCII only.
         """
         between = " - " if plain else " · "
@@ -195,7 +203,9 @@ class RunView:
         facts = Text(between.join(self.facts()), no_wrap=True, overflow="ellipsis")
         heard = f"last record {format_duration(silent_s)} ago" if self.last_record else ""
         foot = Text(
-            between.join(filter(None, [heard, "Ctrl-C leaves; the run goes on"])), style="dim", no_wrap=True
+            between.join(filter(None, [heard, pulse, "Ctrl-C leaves; the run goes on"])),
+            style="dim",
+            no_wrap=True,
         )
 
         shown = [panel for panel in PANELS if panel.field == "loss" or self.curves[panel.field].last_value]

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from llmtrain.errors import DataError
+from llmtrain.tracking.beats import Pulse, pulse_of
 from llmtrain.tracking.follow import parse_lines
 from llmtrain.tracking.metrics import Record, attempt_begins, standing
 from llmtrain.tracking.run_data import ENDINGS, as_number, present_values
@@ -82,7 +83,9 @@ class RunStatus:
     left_s: float | None = None
     """At the pace of the last steps, with the evaluations and saves between them; None once it has ended."""
     heard_s: float | None = None
-    """Seconds since its last sign of life."""
+    """Seconds since its last record, or its launch."""
+    pulse: Pulse | None = None
+    """Of one that has not ended: whether its process still writes, and where it is."""
     attempts: int = 0
     goodput: float | None = None
     """Time of the steps that stand as a share of all time from the first launch to the last record."""
@@ -149,7 +152,12 @@ def status_of_run(folder: Path, *, now: float, silent_after_s: float) -> RunStat
     except OSError as error:
         return RunStatus(folder=folder, state=State.unreadable, note=f"{metrics.name}: {error.strerror}")
     status = _from_ends(folder, ends, now=now, silent_after_s=silent_after_s)
-    return _with_launch(status, launches, now=now, silent_after_s=silent_after_s)
+    status = _with_launch(status, launches, now=now, silent_after_s=silent_after_s)
+    if status.state not in (State.running, State.waiting, State.silent):
+        return status
+    pulse = pulse_of(folder, attempt=status.attempts, now=now)
+    is_worth_telling = pulse is not None and status.state is State.silent
+    return replace(status, pulse=pulse, note=pulse.words if pulse and is_worth_telling else status.note)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,6 +409,8 @@ def as_json(run: RunStatus) -> dict[str, Any]:
         "tokens_per_s": run.tokens_per_s,
         "left_s": run.left_s,
         "heard_s": run.heard_s,
+        "beat_s": run.pulse and run.pulse.age_s,
+        "at": run.pulse and run.pulse.at,
         "attempts": run.attempts,
         "goodput": run.goodput,
         "goodput_is_estimate": run.goodput_is_estimate,

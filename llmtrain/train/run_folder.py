@@ -12,6 +12,7 @@ from llmtrain.checkpoint.format import STEP_NAME
 from llmtrain.checkpoint.read import CheckpointReader
 from llmtrain.checkpoint.storage import Place, place_of
 from llmtrain.errors import CheckpointError, ConfigError
+from llmtrain.tracking.beats import RANKS_NAME
 from llmtrain.tracking.metrics import read_lines
 from llmtrain.train.config import Intent, RunConfig, TrainRoot
 
@@ -45,7 +46,7 @@ class RunFolder:
     @property
     def ranks(self) -> Path:
         """Each rank's beat."""
-        return self.path / "ranks"
+        return self.path / RANKS_NAME
 
     def holds_a_run(self) -> bool:
         return self.metrics.exists() or self.holds_checkpoints()

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_beats import beat_of
 
 from llmtrain.errors import DataError
 from llmtrain.loader.batch_sizes import BatchSizes
 from llmtrain.tracking import run_list
+from llmtrain.tracking.beats import beat_path, write_beat
 from llmtrain.tracking.facts import record_start
 from llmtrain.tracking.metrics import MetricsFile
 from llmtrain.tracking.run_list import (
@@ -111,6 +113,24 @@ def test_a_run_that_says_nothing_is_silent(tmp_path):
     assert found.state is State.silent
     assert found.words == "silent for 12 min"
     assert status(tmp_path, now=NOW + 720, silent_after_s=721).state is State.running
+
+
+def test_a_silent_run_says_whether_its_process_lives_and_where_it_is(tmp_path):
+    write_run(tmp_path)
+    path = beat_path(tmp_path / "ranks", 0)
+    path.parent.mkdir()
+    write_beat(path, beat_of(age_s=118.0))
+    os.utime(path, (NOW + 718, NOW + 718))
+    found = status(tmp_path, now=NOW + 720)
+    assert found.state is State.silent, "a thread that writes is no step that is done"
+    assert found.note == "rank 0 lives, at step 3, micro-step 2, backward, for 2:00"
+    assert (as_json(found)["beat_s"], as_json(found)["at"]) == (2.0, "step 3, micro-step 2, backward")
+    found = status(tmp_path, now=NOW + 1318)
+    assert found.note == "rank 0 wrote last 10:00 ago, at step 3, micro-step 2, backward"
+    write_beat(path, beat_of(attempt=7))
+    assert status(tmp_path, now=NOW + 720).pulse is None, "of another attempt"
+    write_beat(path, beat_of(end="well"))
+    assert status(tmp_path, now=NOW + 720).pulse is None
 
 
 def test_a_run_of_slow_steps_may_be_silent_for_ten_of_them(tmp_path):

@@ -42,6 +42,7 @@ def test_a_line_holds_everything_about_a_run(tmp_path, capsys):
         "tokens/s",
         "left",
         "heard",
+        "beat",
         "tries",
         "goodput",
         "note",
