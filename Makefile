@@ -27,9 +27,9 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 demo: setup
 	@launch/demo.sh
 
-# Three at a time, whatever the machine has: many tests start two to four processes of their own, and many wait.
+# Two at a time, whatever the machine has: many tests start two to four processes of their own.
 # They start some thousand processes: compiled modules are kept, even where the environment says otherwise.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test: setup
 	$(PYTEST)

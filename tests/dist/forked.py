@@ -33,7 +33,7 @@ class Server:
         """A started process that calls `be`, a function of a module, and ends."""
         if self.pid is None or forkserver._forkserver._forkserver_pid != self.pid:
             forkserver._forkserver._stop()
-            _context.set_forkserver_preload(self.modules)
+            _context.set_forkserver_preload([*self.modules, "frozen"])
             before = {name: os.environ.get(name) for name in self.environment}
             os.environ.update(self.environment)
             forkserver.ensure_running()
@@ -47,8 +47,10 @@ class Server:
         return process
 
 
+VERBS = ["llmtrain.cli.main", "llmtrain.cli.plan", "llmtrain.cli.train", "llmtrain.cli.data", "hydra.core.plugins"]
 TORCH = Server(
     [
+        *VERBS,
         "llmtrain.train.assemble",
         "llmtrain.train.deepspeed_engine",
         "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -56,7 +58,7 @@ TORCH = Server(
     ],
     {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
 )
-HYDRA = Server(["llmtrain.cli.plan", "llmtrain.cli.train", "llmtrain.cli.data"])
+HYDRA = Server(VERBS)
 """Without torch, as a verb is that needs none."""
 
 

@@ -107,6 +107,7 @@ def test_b200_rows_left_out_are_within_5_percent(results):
     assert mean_error(results["megatron_plain", "blackwell"].errors) <= 0.05
 
 
+@pytest.mark.slow
 def test_intervals_from_other_folds_cover_rows_left_out():
     studies = [calibration.find_study("llm_foundry", generation) for generation in ("ampere", "hopper")]
     studies.append(calibration.find_study("megatron_deepspeed", "ampere"))

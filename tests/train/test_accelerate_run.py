@@ -64,8 +64,8 @@ def whole(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathFacto
     ("begins", "goes_on"),
     [
         ((1, DEEPSPEED), (2, FSDP3)),
-        ((2, DEEPSPEED), (1, DDP)),
-        ((2, FSDP2), (1, DEEPSPEED)),
+        pytest.param((2, DEEPSPEED), (1, DDP), marks=pytest.mark.slow),
+        pytest.param((2, FSDP2), (1, DEEPSPEED), marks=pytest.mark.slow),
         ((1, DDP), (2, DEEPSPEED)),
     ],
     ids=["deepspeed-fsdp", "deepspeed-ddp", "fsdp-deepspeed", "ddp-deepspeed"],

@@ -182,6 +182,6 @@ def test_a_resume_on_other_data_is_refused_and_noted_when_it_is_meant(
     assert "attempt 2 went on with other data after step 10, as data.accept_changed=true asked" in told
     num_read_again = len(ledger.surviving()) - 10
     assert f"{num_read_again} steps were read again and compared" in told, "those of the old data are not"
-    status, text = launcher.run([*further, "train.total_tokens=50000"])
+    status, text = launcher.run([*further, "train.total_tokens=20000"])
     assert status == 0, text
     assert [attempt.accepted_change for attempt in read_ledger(folder / LEDGER_NAME).attempts][2] is False

@@ -76,7 +76,7 @@ def test_a_rank_that_stops_or_dies_is_named_and_the_run_goes_on_at_the_next_star
 def test_ranks_are_compared_at_every_tracking_interval(
     launcher: Launcher, data: Path, tmp_path: Path
 ) -> None:
-    more = ["train.total_tokens=38400", "data.max_epochs=9", "tracking.log_every_steps=2"]
+    more = ["train.total_tokens=12800", "data.max_epochs=9", "tracking.log_every_steps=2"]
     arguments = train_arguments(data, tmp_path / "run", *LIMITS, *more, "train.micro_batch_rows=1")
     status, text = launcher.run(arguments, num_ranks=2)
     assert status == 0, text

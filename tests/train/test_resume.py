@@ -165,6 +165,7 @@ def test_sigterm_saves_and_leaves_at_the_same_step_on_every_rank(
     assert f"stopped by SIGTERM after step {last}; run.intent=resume goes on from step {last}" in run.text()
 
 
+@pytest.mark.slow
 def test_kill_9_at_20_random_moments_loses_no_committed_step(
     finished: Finished, launcher: Launcher, data: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ def figures(folder: Path, num_documents: int, partition_bytes: int) -> dict[str,
     return found
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     small, large = (figures(tmp_path / "run", num, 8 << 20) for num in (60_000, 240_000))
     assert large["num_documents"] == 4 * small["num_documents"]

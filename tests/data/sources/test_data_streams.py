@@ -154,7 +154,7 @@ def zstd_bomb(num_bytes: int) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
-@pytest.mark.parametrize("text_unit", [TextUnit.line, TextUnit.file])
+@pytest.mark.parametrize("text_unit", [TextUnit.line, pytest.param(TextUnit.file, marks=pytest.mark.slow)])
 def test_a_bomb_is_given_up_with_little_memory(tmp_path: Path, suffix: str, text_unit: TextUnit) -> None:
     path = tmp_path / f"a.txt{suffix}"
     size = 200 << 20
