@@ -60,7 +60,9 @@ def assert_equal(told: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(told["checksum"], expected["checksum"], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_any_number_of_ranks_equals_plain_pytorch(num_ranks: int, stage: int, family: str) -> None:

@@ -244,6 +244,7 @@ def test_the_level_and_what_it_rests_on_are_recorded(bitwise: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_bitwise_run_does_not_go_on_with_other_threads(data: Path, bitwise: Path, tmp_path: Path) -> None:
     cut = cut_after(bitwise, 8, tmp_path / "cut")
     status, text = alone(data, cut, "train.determinism=bitwise", "run.intent=resume", threads=2)

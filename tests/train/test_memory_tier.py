@@ -86,6 +86,7 @@ def reference(launcher: Launcher, data: Path, tmp_path_factory: pytest.TempPathF
     return losses(folder, 1)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_memory_of_a_killed_rank(
     launcher: Launcher, data: Path, tmp_path: Path, reference: dict[int, float]
 ) -> None:

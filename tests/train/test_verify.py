@@ -372,6 +372,7 @@ def llmtrain(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_verified_config_is_one_that_train_takes(data: Path, tmp_path: Path) -> None:
     """DDP on two ranks, the quickest to start. `verify` needs no data."""
     settings = ("parallel.engine=accelerate", "parallel.zero_stage=0", "parallel.world_size=2")
