@@ -117,6 +117,7 @@ class RollCall:
         over."""
         due_since = None
         while not self._is_over.is_set():
+            # refused, or no answer: not there yet, which is what we wait for
             with contextlib.suppress(OSError), socket.create_connection(place, timeout=BEAT_S):
                 return True
             reason = self.deadline.reason() if self.deadline is not None else None

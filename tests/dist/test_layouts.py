@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,13 +95,12 @@ def pairs(case: Case) -> set[tuple[str, Any, str, Any]]:
     return {(one, case[one], other, case[other]) for one, other in itertools.combinations(SETTINGS, 2)}
 
 
-def covering(cases: list[Case]) -> list[Case]:
-    """Few cases in which every pair of settings that occurs in `cases` occurs. Greedy, cheapest first."""
-    missing: set[tuple[str, Any, str, Any]] = set().union(*map(pairs, cases))
-    chosen = []
+def covering(goals: Mapping[str, set[Any]]) -> list[str]:
+    """Few layouts in which everything occurs that occurs in `goals`. Greedy, fewest ranks first among equals."""
+    missing, chosen = set().union(*goals.values()), []
     while missing:
-        best = max(cases, key=lambda case: (len(pairs(case) & missing), -num_ranks(case)))
-        missing -= pairs(best)
+        best = max(goals, key=lambda name: (len(goals[name] & missing), -num_ranks(ALL[name])))
+        missing -= goals[best]
         chosen.append(best)
     return chosen
 
@@ -116,7 +115,7 @@ def name_of(case: Case) -> str:
 
 
 ALL = {name_of(case): case for case in all_legal()}
-SAMPLE = {name_of(case): case for case in covering(list(ALL.values()))}
+SAMPLE = {name: ALL[name] for name in covering({name: pairs(case) for name, case in ALL.items()})}
 
 
 def values(names: Iterable[str]) -> set[tuple[str, Any]]:
@@ -124,18 +123,7 @@ def values(names: Iterable[str]) -> set[tuple[str, Any]]:
     return {(setting, ALL[name][setting]) for name in names for setting in SETTINGS}
 
 
-def few(names: Iterable[str]) -> list[str]:
-    """Layouts in which every value occurs that occurs in `names`. Greedy, fewest ranks first among equals."""
-    candidates = list(names)
-    missing, chosen = values(candidates), []
-    while missing:
-        best = max(candidates, key=lambda name: (len(values([name]) & missing), -num_ranks(ALL[name])))
-        missing -= values([best])
-        chosen.append(best)
-    return chosen
-
-
-FEW = few(SAMPLE)
+FEW = covering({name: values([name]) for name in SAMPLE})
 REST = [name for name in ALL if name not in FEW]
 
 
