@@ -156,8 +156,9 @@ def status_of_run(folder: Path, *, now: float, silent_after_s: float) -> RunStat
     if status.state not in (State.running, State.waiting, State.silent):
         return status
     pulse = pulse_of(folder, attempt=status.attempts, now=now)
-    is_worth_telling = pulse is not None and status.state is State.silent
-    return replace(status, pulse=pulse, note=pulse.words if pulse and is_worth_telling else status.note)
+    if pulse is not None and status.state is State.silent:
+        status = replace(status, note=pulse.words)
+    return replace(status, pulse=pulse)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ class Server:
         """A started process that calls `be`, a function of a module, and ends."""
         if self.pid is None or forkserver._forkserver._forkserver_pid != self.pid:
             forkserver._forkserver._stop()
-            _context.set_forkserver_preload([*self.modules, "frozen"])
+            _context.set_forkserver_preload(self.modules)
             before = {name: os.environ.get(name) for name in self.environment}
             os.environ.update(self.environment)
             forkserver.ensure_running()
